@@ -1,0 +1,32 @@
+"""The public ops: one folder each, holding the checked entry point, the torch reference and the Triton kernel.
+
+Shapes everywhere: T flat packed tokens, n sequences, S state slots, H query-side heads, G key/value-side heads (head h
+reads group h // (H/G)), P width of a head of x, N d_state, W convolution width, K attention head_dim, D channels.
+Nothing here imports another part of m1.
+"""
+
+from m1.kernels.activation import swiglu
+from m1.kernels.attention import paged_attention, varlen_attention, write_kv
+from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from m1.kernels.norm import gated_rms_norm, rms_norm
+from m1.kernels.rope import apply_rotary
+from m1.kernels.sampling import sample
+from m1.kernels.selective_scan import selective_scan, selective_state_update
+from m1.kernels.ssd import ssd_scan, ssd_state_update
+
+__all__ = [
+    "apply_rotary",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "paged_attention",
+    "rms_norm",
+    "sample",
+    "selective_scan",
+    "selective_state_update",
+    "ssd_scan",
+    "ssd_state_update",
+    "swiglu",
+    "varlen_attention",
+    "write_kv",
+]

@@ -1,0 +1,24 @@
+"""The gated activation of the MLP: checks and dispatch."""
+
+from torch import Tensor
+
+from m1.kernels.dispatch import require, require_tensor, use_triton
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up (Shazeer 2020, arXiv 2002.05202), computed in fp32; differentiable.
+
+    Args:
+        gate, up: any one shape.
+    Returns:
+        Like gate, in gate's dtype.
+    Raises:
+        ValueError: for shapes or devices that differ, or a dtype that is not floating.
+    """
+    require(gate.is_floating_point(), "gate", "a floating tensor", gate.dtype)
+    require_tensor("up", up, " ".join(["size"] * gate.dim()), gate.shape, gate)
+    if use_triton(gate):
+        from m1.kernels.activation import triton_impl as implementation
+    else:
+        from m1.kernels.activation import reference as implementation  # type: ignore[no-redef]
+    return implementation.swiglu(gate, up)

@@ -1,0 +1,53 @@
+"""RMSNorm, alone or fused with a residual addition or a SiLU gate: checks and dispatch."""
+
+from typing import Any
+
+from torch import Tensor
+
+from m1.kernels.dispatch import require, require_rank, require_tensor, use_triton
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+    """Normalise the last dimension by its root mean square (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Numerics as in Hugging Face's LlamaRMSNorm: statistics in fp32, weight · (normed, cast to x's dtype).
+
+    Args:
+        x: [..., D]; weight: [D]; eps: added to the mean square; residual: like x, added first.
+    Returns:
+        y like x, or with a residual (y, x + residual). Differentiable.
+    Raises:
+        ValueError: for a wrong shape, dtype, device or a negative eps.
+    """
+    require(x.dim() > 0 and x.is_floating_point(), "x", "a floating tensor [..., D]", f"{x.dtype} {list(x.shape)}")
+    require_tensor("weight", weight, "D", x.shape[-1:], x)
+    require(eps >= 0, "eps", "at least 0", eps)
+    if residual is not None:
+        layout = " ".join(["..."] * (x.dim() - 1) + ["D"])
+        require_tensor("residual", residual, layout, x.shape, x, (x.dtype,))
+    if use_triton(x):
+        from m1.kernels.norm import triton_impl as implementation
+    else:
+        from m1.kernels.norm import reference as implementation  # type: ignore[no-redef]
+    return implementation.rms_norm(x, weight, eps, residual)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise x · silu(z) within each head (the output norm of Mamba-2; one group a head).
+
+    Args:
+        x, z: [T, H, P]; weight: [H·P]; eps: added to the mean square.
+    Returns:
+        [T, H, P] in x's dtype, computed in fp32. Differentiable.
+    Raises:
+        ValueError: for a wrong shape, dtype, device or a negative eps.
+    """
+    require_rank("x", x, "T H P")
+    require_tensor("z", z, "T H P", x.shape, x)
+    require_tensor("weight", weight, "H·P", (x.shape[1] * x.shape[2],), x)
+    require(eps >= 0, "eps", "at least 0", eps)
+    if use_triton(x):
+        from m1.kernels.norm import triton_impl as implementation
+    else:
+        from m1.kernels.norm import reference as implementation  # type: ignore[no-redef]
+    return implementation.gated_rms_norm(x, z, weight, eps)
