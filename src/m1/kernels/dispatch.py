@@ -6,6 +6,7 @@ that would synchronise, so there an index out of range is the caller's responsib
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -76,7 +77,7 @@ def require_cu_seqlens(cu_seqlens: Tensor | None, num_tokens: int, like: Tensor)
     require(cu_seqlens.device == like.device, "cu_seqlens", f"on {like.device}", cu_seqlens.device)
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
-        is_ordered = all(start < end for start, end in zip(bounds, bounds[1:], strict=False))
+        is_ordered = all(start < end for start, end in itertools.pairwise(bounds))
         require(
             bounds[0] == 0 and bounds[-1] == num_tokens and is_ordered,
             "cu_seqlens",
@@ -94,7 +95,7 @@ def require_slots(slots: Tensor | None, num_rows: int, num_slots: int, like: Ten
     require_tensor("slots", slots, "n", (num_rows,), like, (torch.int64,))
     if slots.device.type == "cpu" and num_rows > 0:
         low, high = int(slots.min()), int(slots.max())
-        require(0 <= low and high < num_slots, "slots", f"within 0 … {num_slots - 1}", f"values from {low} to {high}")
+        require(low >= 0 and high < num_slots, "slots", f"within 0 … {num_slots - 1}", f"values from {low} to {high}")
 
 
 def require_groups(argument: str, num_heads: int, num_groups: int) -> None:

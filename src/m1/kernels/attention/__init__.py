@@ -46,9 +46,7 @@ def varlen_attention(
         from m1.kernels.attention import torch_varlen as implementation
     else:
         from m1.kernels.attention import reference as implementation  # type: ignore[no-redef]
-    return implementation.varlen_attention(
-        q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
-    )
+    return implementation.varlen_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window)
 
 
 def paged_attention(
@@ -157,9 +155,7 @@ def _check_lengths(cu_seqlens: Tensor | None, q: Tensor, max_seqlen: int, window
     require(max_seqlen >= longest, "max_seqlen", f"at least {longest}, the longest sequence", max_seqlen)
 
 
-def _check_context(
-    block_tables: Tensor, context_lens: Tensor, cu_seqlens: Tensor, num_pages: int, page_size: int
-) -> None:
+def _check_context(block_tables: Tensor, context_lens: Tensor, cu_seqlens: Tensor, num_pages: int, page_size: int) -> None:
     lengths, new = context_lens.tolist(), cu_seqlens.diff().tolist()
     capacity = block_tables.shape[1] * page_size
     require(

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution over packed documents: checks and dispatch; arithmetic in reference.py, triton_impl.py."""
+"""Depthwise causal convolution over packed documents: checks and dispatch; arithmetic is in the other files."""
 
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ def causal_conv1d(
 ) -> Any:
     """Convolve each channel with its own causal filter, restarting at every document.
 
-    y_t = act(bias + Σ_w weight[:, w] · x_{t-(W-1)+w}); before a document's first token stands its initial state or zeros.
+    y_t = act(bias + Σ_w weight[:, w] · x_{t-(W-1)+w}); before a document's first token stand its initial
+    state or zeros.
 
     Args:
         x: [T, D] packed tokens; weight: [D, W]; bias: [D].

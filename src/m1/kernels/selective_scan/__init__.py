@@ -3,7 +3,7 @@
 Recurrence (Gu & Dao 2023, arXiv 2312.00752, eq. 2 with the simplified discretisation of B), for each head h of group
 g = h // (H/G), row p and state n:
 
-    Δ = softplus(dt + dt_bias);  h_t = exp(Δ·A) · h_{t-1} + Δ·x_t·B_t;  y_t = Σ_n C_t·h_t + D·x_t;  y_t ← y_t · silu(z_t)
+    Δ = softplus(dt + dt_bias);  h_t = exp(Δ·A) · h_{t-1} + Δ·x_t·B_t;  y_t = (Σ_n C_t·h_t + D·x_t) · silu(z_t)
 """
 
 from typing import Any

@@ -1,0 +1,77 @@
+"""Depthwise causal convolution in torch: the truth for the kernel, and the CPU path.
+
+Every document is laid out behind its own W-1 rows of state in one padded axis. There the convolution is W shifted
+products without any boundary, and the final state of a document is the last W-1 rows of its stretch.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> Any:
+    """See m1.kernels.causal_conv1d.causal_conv1d."""
+    num_tokens, num_channels = x.shape
+    halo = weight.shape[1] - 1
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=x.device)
+    num_sequences = len(cu_seqlens) - 1
+    document = torch.arange(num_sequences, device=x.device).repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)  # [T]
+    window_start = torch.arange(num_tokens, device=x.device) + document * halo  # row where a token's window begins
+    offsets = torch.arange(halo, device=x.device)
+
+    padded = torch.zeros(num_tokens + num_sequences * halo, num_channels, device=x.device)
+    padded = padded.index_copy(0, window_start + halo, x.float())
+    if initial_state is not None:
+        state_rows = (cu_seqlens[:-1].long() + torch.arange(num_sequences, device=x.device) * halo)[:, None] + offsets
+        state = initial_state.float().transpose(1, 2)  # [n, W-1, D]
+        padded = padded.index_copy(0, state_rows.flatten(), state.reshape(-1, num_channels))
+
+    y = _filter(padded, weight, bias, len(padded) - halo).index_select(0, window_start)
+    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    if not output_final_state:
+        return y
+    last_rows = (cu_seqlens[1:].long() + torch.arange(num_sequences, device=x.device) * halo)[:, None] + offsets
+    final_state = padded.index_select(0, last_rows.flatten()).view(num_sequences, halo, num_channels)
+    return y, final_state.transpose(1, 2).to(x.dtype).contiguous()
+
+
+@torch.no_grad()
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """See m1.kernels.causal_conv1d.causal_conv1d_update."""
+    if slots is None:
+        slots = torch.arange(x.shape[0], device=x.device)
+    window = torch.cat([conv_state[slots].float(), x.float()[:, :, None]], -1)  # [n, D, W]
+    conv_state[slots] = window[:, :, 1:].to(conv_state.dtype)
+    y = (window * weight.float()).sum(-1)
+    if bias is not None:
+        y += bias.float()
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _filter(padded: Tensor, weight: Tensor, bias: Tensor | None, num_windows: int) -> Tensor:
+    """bias + Σ_w weight[:, w] · padded[i + w] for the window that begins at each row i, [num_windows, D]."""
+    taps = weight.float()
+    y = padded[:num_windows] * taps[:, 0]
+    for offset in range(1, taps.shape[1]):
+        y = torch.addcmul(y, padded[offset : offset + num_windows], taps[:, offset])
+    return y if bias is None else y + bias.float()
