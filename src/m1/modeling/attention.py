@@ -1,0 +1,70 @@
+"""The attention layer of a hybrid: grouped-query, rotary, causal, optionally windowed, over a flat packed batch.
+
+Legend: T flat tokens, H query heads, G key/value heads, K head_dim.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from m1.kernels import apply_rotary, paged_attention, rms_norm, varlen_attention, write_kv
+from m1.modeling.configuration import SLIDING_ATTENTION, M1Config
+from m1.modeling.state import ModelState, SequenceLayout
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a weight, in transformers' numerics (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one layer; weights named as in the base model (`q_proj` … `o_proj`, `q_norm`, `k_norm`)."""
+
+    def __init__(self, config: M1Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.window = config.sliding_window if config.layer_types[layer] == SLIDING_ATTENTION else None
+        self.q_proj = nn.Linear(config.hidden_size, config.d_inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.d_xb, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.d_xb, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.d_inner, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
+    ) -> Tensor:
+        """x [T, hidden] -> [T, hidden]. With a state, the new keys and values are written to it first."""
+        cos, sin = rotary
+        q = apply_rotary(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)  # [T, H, K]
+        k = apply_rotary(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)  # [T, G, K]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, G, K]
+        return self.o_proj(self._attend(q, k, v, layout, state).flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
+        if state is not None:
+            key_pages, value_pages = state.key_pages[self.layer], state.value_pages[self.layer]
+            write_kv(k, v, key_pages, value_pages, layout.kv_slots)
+            if layout.has_context:
+                return paged_attention(
+                    q,
+                    key_pages,
+                    value_pages,
+                    block_tables=layout.block_tables,
+                    context_lens=layout.context_lens,
+                    cu_seqlens=layout.cu_seqlens,
+                    max_seqlen=layout.max_seqlen,
+                    scale=self.scale,
+                    window=self.window,
+                )
+        return varlen_attention(
+            q, k, v, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, scale=self.scale, window=self.window
+        )

@@ -1,0 +1,66 @@
+"""Loading checkpoints: an M1 model, or a Transformer of a supported family as an M1 model with no layer converted.
+
+Only safetensors and no downloaded code. A checkpoint that does not fit its config is refused: nothing is filled in at random.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from m1.modeling.configuration import M1Config
+from m1.modeling.hybrid import M1ForCausalLM
+
+
+def load_config(source: str | Path) -> M1Config:
+    """The M1 config of a directory or hub name: its own, or a base model's translated (`M1Config.from_base`)."""
+    _require_model_source(source)
+    config = AutoConfig.from_pretrained(source)
+    return config if isinstance(config, M1Config) else M1Config.from_base(config)
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> M1ForCausalLM:
+    """An `M1ForCausalLM` in eval mode from a directory or hub name, hybrid or dense.
+
+    Raises FileNotFoundError for a missing directory, ValueError for an unsupported family or for weights that don't fit.
+    """
+    config = load_config(source)
+    model, info = M1ForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(str(key) for key in info[problem])
+            raise ValueError(
+                f"{source}: the checkpoint does not fit its config.json ({len(names)} {problem.replace('_', ' ')}, such as "
+                f"{names[0]}): is it the checkpoint of another model?"
+            )
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str | Path, *, needs_chat_template: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub name; ValueError if it has no end token, or no chat template where one is needed."""
+    _require_model_source(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if needs_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"{source}: the tokenizer has no chat template; add chat_template.jinja to the directory, "
+            "or use data with 'prompt' and 'completion' instead of 'messages'"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _require_model_source(source: str | Path) -> None:
+    """A path must hold a config.json; anything that looks like a hub name is left to the hub."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{source}: no config.json in this directory; is it a model?")
+    elif path.exists():
+        raise ValueError(f"{source}: expected a model directory or a hub name; a GGUF file is imported with `m1 convert`")
+    elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such model directory")

@@ -1,0 +1,112 @@
+"""The Mamba-2 mixer (arXiv 2405.21060; as a converted attention layer: arXiv 2408.15237): one decay a head, a larger state.
+
+Heads are the attention layer's query heads and d_state = head_dim, so that the whole product of q and k is kept. x, B and C
+pass the causal convolution before x and B are shared by their group of heads.
+Legend: T flat tokens, H query heads, G key/value heads, P head width, N d_state; here P = N = head_dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from m1.kernels import apply_rotary, causal_conv1d, causal_conv1d_update, gated_rms_norm, ssd_scan, ssd_state_update
+from m1.modeling.attention import RMSNorm
+from m1.modeling.configuration import M1Config
+from m1.modeling.mamba1 import inverse_softplus
+from m1.modeling.state import ModelState, SequenceLayout, conv_channels
+
+
+class Mamba2Mixer(nn.Module):
+    """One mixer layer. `in_proj` rows are ordered z (d_inner), x (d_xb), B (d_xb), C (d_inner), dt (heads)."""
+
+    def __init__(self, config: M1Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.config = layer, config
+        self.num_heads = config.num_attention_heads
+        self.splits = [config.d_inner, config.d_xb, config.d_xb, config.d_inner, self.num_heads]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
+        channels = conv_channels(config)
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = RMSNorm(config.d_inner, config.rms_norm_eps) if config.output_norm else None
+        self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.reset_dynamics()
+
+    @torch.no_grad()
+    def reset_dynamics(self, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+        """Fresh convolution, A ~ U(1, 16), D = 1, log-uniform step sizes (the defaults of Mamba-2's published code).
+
+        Goes through transformers' `init`, which leaves weights alone that `from_pretrained` has just loaded.
+        """
+        init.uniform_(self.conv1d.weight, -(self.config.d_conv**-0.5), self.config.d_conv**-0.5)
+        init.zeros_(self.conv1d.bias)
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())
+        init.ones_(self.D)
+        steps = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp_min(1e-4)
+        init.copy_(self.dt_bias, inverse_softplus(steps))
+
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
+    ) -> Tensor:
+        """x [T, hidden] -> [T, hidden]. With a state, it goes on from `layout.slots` and leaves the new states there."""
+        config = self.config
+        z, vkq, dt = self.in_proj(x).split([config.d_inner, sum(self.splits[1:4]), self.num_heads], dim=-1)
+        vkq = self._convolve(vkq, layout, state)
+        v, k, q = (t.unflatten(-1, (-1, config.head_dim)) for t in vkq.split(self.splits[1:4], dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if config.mixer_rope:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        y = self._scan(v, dt, k, q, layout, state)  # [T, H, P]
+        z = z.unflatten(-1, (-1, config.head_dim))
+        if self.norm is None:
+            y = y * nn.functional.silu(z)
+        else:
+            y = gated_rms_norm(y, z, self.norm.weight, self.norm.eps)
+        return self.out_proj(y.flatten(1))
+
+    def _convolve(self, vkq: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
+        weight, bias, activation = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.config.conv_activation
+        if state is None:
+            return causal_conv1d(vkq, weight, bias, activation=activation, cu_seqlens=layout.cu_seqlens)
+        windows, slots = state.conv_states[self.layer], layout.slots
+        if layout.is_decode:
+            return causal_conv1d_update(vkq, windows, weight, bias, activation=activation, slots=slots)
+        vkq, window = causal_conv1d(
+            vkq,
+            weight,
+            bias,
+            activation=activation,
+            cu_seqlens=layout.cu_seqlens,
+            initial_state=windows[slots],
+            output_final_state=True,
+        )
+        windows[slots] = window.to(windows.dtype)
+        return vkq
+
+    def _scan(self, v: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
+        A = -self.A_log.float().exp()
+        scan = {"D": self.D.float(), "dt_bias": self.dt_bias.float()}
+        if state is None:
+            return ssd_scan(v, dt, A, B, C, **scan, cu_seqlens=layout.cu_seqlens)
+        states, slots = state.ssm_states[self.layer], layout.slots
+        if layout.is_decode:
+            return ssd_state_update(states, v, dt, A, B, C, **scan, slots=slots)
+        y, final = ssd_scan(
+            v,
+            dt,
+            A,
+            B,
+            C,
+            **scan,
+            cu_seqlens=layout.cu_seqlens,
+            initial_state=states[slots].float(),
+            output_final_state=True,
+        )
+        states[slots] = final.to(states.dtype)
+        return y

@@ -1,0 +1,158 @@
+"""How a flat batch of tokens divides into sequences, and where each sequence's state lives.
+
+`SequenceLayout` travels beside the hidden states through every module, as an argument, never through a global. `ModelState`
+holds tensors only: which slot or page belongs to whom is decided by its owner (the engine's cache, or `M1Cache` for
+`generate`). Legend: T flat tokens, n sequences, S slots, H query heads, G key/value heads, K head_dim, P mixer head
+width, N d_state, W d_conv.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m1.modeling.configuration import LINEAR_ATTENTION, M1Config
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Sequences of one flat batch, and (when cached) where their state is.
+
+    cu_seqlens [n+1] int32: sequence i is tokens cu_seqlens[i]:cu_seqlens[i+1]; no sequence is empty.
+    positions [T] int64: position of each token in its own sequence (for RoPE), cached tokens counted.
+    max_seqlen: the longest sequence of this batch, new tokens only (host integer: no device read is needed).
+    slots [n] int64: rows of the fixed-size states. None without a cache.
+    context_lens [n] int32: tokens of each sequence once this batch's are written, cached ones included.
+    block_tables [n, max_pages] int32: pages of each sequence, in order.
+    kv_slots [T] int64: where each token's key and value go: page * page_size + offset; negative writes nothing.
+    has_context: whether any sequence has cached tokens from before this batch.
+    """
+
+    cu_seqlens: Tensor
+    positions: Tensor
+    max_seqlen: int
+    slots: Tensor | None = None
+    context_lens: Tensor | None = None
+    block_tables: Tensor | None = None
+    kv_slots: Tensor | None = None
+    has_context: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence has exactly one new token, and a state to go on from."""
+        return self.max_seqlen == 1 and self.has_context and self.num_sequences == self.num_tokens
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> "SequenceLayout":
+        """Sequences of the given lengths side by side, each from position 0."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths: expected at least one, all positive, got {lengths}")
+        counts = torch.tensor(lengths, device=device)
+        return cls.from_cu_seqlens(torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32), max(lengths))
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int | None = None) -> "SequenceLayout":
+        """From cumulative lengths [n+1]; reads `max_seqlen` from the device when it is not given."""
+        lengths = cu_seqlens.diff()
+        if max_seqlen is None:
+            max_seqlen = int(lengths.max())
+        num_tokens = int(cu_seqlens[-1])
+        starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=num_tokens)
+        positions = torch.arange(num_tokens, device=cu_seqlens.device) - starts
+        return cls(cu_seqlens.to(torch.int32), positions, max_seqlen)
+
+    @classmethod
+    def from_starts(cls, starts: Tensor, positions: Tensor | None = None) -> "SequenceLayout":
+        """From a flag a token [T] bool that is true where a sequence begins. `positions` [T] override 0, 1, 2…"""
+        bounds = torch.cat([starts.nonzero().flatten(), starts.new_tensor([starts.shape[0]], dtype=torch.long)])
+        layout = cls.from_cu_seqlens(bounds.to(torch.int32))
+        if positions is None:
+            return layout
+        return cls(layout.cu_seqlens, positions, layout.max_seqlen)
+
+
+def ssm_state_shape(config: M1Config) -> tuple[int, int, int]:
+    """(H, P, N) of one mixer layer's state: mamba1 has heads of width d_state, mamba2 heads of width head_dim."""
+    width = config.d_state if config.mixer == "mamba1" else config.head_dim
+    return config.d_inner // width, width, config.d_state
+
+
+def conv_channels(config: M1Config) -> int:
+    """Channels of the causal convolution: x alone for mamba1 (repeated or not); x, B and C for mamba2."""
+    if config.mixer == "mamba2":
+        return 2 * config.d_xb + config.d_inner
+    return config.d_inner if config.repeat_kv_before_conv else config.d_xb
+
+
+class ModelState:
+    """Per-layer state of many sequences: convolution windows and SSM states by slot, keys and values by page.
+
+    conv_states[layer] [S, D, W-1] in `dtype`, ssm_states[layer] [S, H, P, N] in `state_dtype`; None for attention layers.
+    key_pages[layer], value_pages[layer] [pages, page_size, G, K] in `dtype`; None for mixer layers.
+    A slot must be `reset` before a new sequence starts in it; pages need no reset.
+    """
+
+    def __init__(
+        self,
+        config: M1Config,
+        num_slots: int,
+        num_pages: int,
+        *,
+        page_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.page_size = config, page_size
+        page = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
+        window = (num_slots, conv_channels(config), config.d_conv - 1)
+        is_mixer = [kind == LINEAR_ATTENTION for kind in config.layer_types]
+
+        def for_layers(wanted: bool, shape: tuple[int, ...], kind: torch.dtype) -> list[Tensor | None]:
+            return [torch.zeros(shape, dtype=kind, device=device) if m is wanted else None for m in is_mixer]
+
+        self.conv_states = for_layers(True, window, dtype)
+        self.ssm_states = for_layers(True, (num_slots, *ssm_state_shape(config)), state_dtype)
+        self.key_pages = for_layers(False, page, dtype)
+        self.value_pages = for_layers(False, page, dtype)
+
+    @staticmethod
+    def bytes_per_slot(config: M1Config, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of one sequence's fixed-size state over all mixer layers."""
+        heads, width, entries = ssm_state_shape(config)
+        window = conv_channels(config) * (config.d_conv - 1) * dtype.itemsize
+        return len(config.mixer_layers) * (window + heads * width * entries * state_dtype.itemsize)
+
+    @staticmethod
+    def bytes_per_page(config: M1Config, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page of keys and values over all attention layers."""
+        return len(config.attention_layers) * 2 * page_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def _slot_tensors(self) -> list[Tensor]:
+        return [t for t in (*self.conv_states, *self.ssm_states) if t is not None]
+
+    def _page_tensors(self) -> list[Tensor]:
+        return [t for t in (*self.key_pages, *self.value_pages) if t is not None]
+
+    def reset_slots(self, slots: Tensor) -> None:
+        """Zero the states of `slots` [m] int64, before new sequences start there."""
+        for tensor in self._slot_tensors():
+            tensor[slots] = 0
+
+    def copy_slots(self, source: Tensor, target: Tensor) -> None:
+        """Copy the fixed-size states of slots `source` [m] to slots `target` [m]; the sets must not overlap."""
+        for tensor in self._slot_tensors():
+            tensor[target] = tensor[source]
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole pages `source` [m] to pages `target` [m]; the sets must not overlap."""
+        for tensor in self._page_tensors():
+            tensor[target] = tensor[source]

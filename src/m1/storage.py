@@ -1,0 +1,132 @@
+"""Directories that appear whole or not at all, run records, and room for them on disk and in memory. No torch here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RUN_RECORD = "m1_run.json"
+GIB = 2**30
+
+
+@contextmanager
+def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `path` that takes its name when the block succeeds, and vanishes when it fails.
+
+    Raises FileExistsError if `path` exists and `overwrite` is false (an empty directory may be filled). With `overwrite`, the
+    old directory stands until the new one is complete.
+    """
+    path = Path(path)
+    is_taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if is_taken and not overwrite:
+        raise FileExistsError(f"{path} exists already; give another output or add --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+            path.rename(old / path.name)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: readers see the old text or the new, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_run_record(directory: str | Path, command: str, config: dict[str, Any], **facts: Any) -> None:
+    """`m1_run.json`: what made this directory: the command, its resolved config, code revision, and facts such as metrics.
+
+    The records of earlier stages, found in the config's input model, go along under "history".
+    """
+    history: list[dict] = []
+    for key in ("model", "base"):
+        earlier = read_run_record(config[key]) if isinstance(config.get(key), (str, Path)) else None
+        if earlier:
+            history = [*earlier.pop("history", []), earlier]
+            break
+    record = {
+        "command": command,
+        "argv": sys.argv,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": git_revision(),
+        "config": config,
+        **facts,
+        "history": history,
+    }
+    write_json(Path(directory) / RUN_RECORD, record)
+
+
+def read_run_record(directory: str | Path) -> dict[str, Any] | None:
+    """The run record of a directory, or None if it has none."""
+    path = Path(directory) / RUN_RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def git_revision() -> str | None:
+    """The revision of the code that runs, with "+changes" if files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed from a wheel, or git is not there: a record without a revision is still true
+
+
+def require_disk(path: str | Path, num_bytes: int, purpose: str) -> None:
+    """Raise OSError unless the file system of `path` has `num_bytes` free (plus 5 %)."""
+    place = Path(path).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes * 1.05:
+        raise OSError(f"{purpose} needs {num_bytes / GIB:.2f} GiB on the disk of {path}, {free / GIB:.2f} GiB are free")
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that a new process may use: the system's estimate, or the cgroup's limit if lower."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    maximum, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if maximum.exists() and current.exists() and maximum.read_text().strip() != "max":
+        limits.append(int(maximum.read_text()) - int(current.read_text()))
+    return min(limits) if limits else None
+
+
+def require_memory(num_bytes: int, purpose: str) -> None:
+    """Raise MemoryError unless about `num_bytes` of main memory are available (not checked where the system doesn't say)."""
+    available = available_memory()
+    if available is not None and available < num_bytes:
+        raise MemoryError(f"{purpose} needs about {num_bytes / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are available")

@@ -1,0 +1,32 @@
+"""Every tolerance of the test suite, in one place, with its reason.
+
+A tolerance here is the largest error that correct arithmetic in the given precision explains. If a test needs a looser
+one, the code is wrong or the reason must be written here.
+"""
+
+import torch
+
+# Relative RMS error against a float64 or float32 reference, by the dtype of the inputs.
+REL_RMS = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+}
+
+# Triton kernels in fp32 against the fp32 reference: other summation orders, exp2 approximations.
+REL_RMS_KERNEL_FP32 = 1e-4
+
+# Packed documents against the same documents alone, fp32, absolute on logits.
+PACKED_EQUALS_ALONE = 1e-5
+
+# M1 with no layer converted against the transformers model it came from, fp32, absolute on logits.
+DENSE_EQUALS_ORIGINAL = 1e-4
+
+# Cached decoding against the plain forward, fp32, absolute on logits.
+CACHED_EQUALS_PLAIN = 1e-4
+
+
+def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root-mean-square error of `actual` over the root-mean-square of `expected`; NaN anywhere gives NaN (never passes `<`)."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30)).item()
