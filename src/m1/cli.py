@@ -1,0 +1,102 @@
+"""The command `m1`: parses, imports the command asked for, runs it, and turns users' mistakes into one line.
+
+Exit codes: 0 done, 2 a mistake in what was asked (one line says which input and what to do), 1 a fault of M1 (with
+traceback), 130 interrupted. Heavy imports come after parsing, so that help is quick.
+"""
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+from m1.config import COMMANDS, build, read_recipe
+
+RUNNERS = {
+    "quickstart": "m1.quickstart.run",
+    "convert": "m1.conversion.convert",
+    "align": "m1.training.align",
+    "distill": "m1.training.distill",
+    "sft": "m1.training.sft",
+    "grpo": "m1.training.grpo",
+    "solve": "m1.solve",
+}
+
+USAGE = """\
+usage: m1 COMMAND [RECIPE.toml] [--option value …]
+
+M1 turns a Transformer that reasons into a hybrid Mamba model, and votes over its samples.
+
+{commands}
+
+m1 COMMAND --help lists a command's options. A recipe is a TOML file with a table a command; flags override it.
+m1 --version prints the version."""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:{width}}  {(cls.__doc__ or '').strip()}" for name, cls in COMMANDS.items())
+    return USAGE.format(commands="\n".join(lines))
+
+
+def parse(arguments: list[str]) -> tuple[str, Any]:
+    """Command and its config from the words after `m1`. Raises ValueError for an unknown command or recipe key."""
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+    values: dict[str, Any] = {}
+    source = "defaults"
+    if rest and rest[0].endswith(".toml"):
+        source, *rest = rest
+        values = read_recipe(source, command)
+    elif command == "solve" and rest and (not rest[0].startswith("-") or rest[0] == "-"):
+        values = {"problem": rest[0]}
+        rest = rest[1:]
+    default = build(command, values, source)
+    import tyro  # here, because it takes a quarter of a second that `m1 --help` need not wait for
+
+    config = tyro.cli(
+        COMMANDS[command],
+        prog=f"m1 {command}",
+        args=rest,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+    )
+    return command, config
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """A ValueError that M1's own code raised, or the system's word about a file, the disk, or memory."""
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    if isinstance(error, ValueError):
+        *_, last = traceback.walk_tb(error.__traceback__)
+        return str(last[0].f_globals.get("__name__", "")).split(".")[0] == "m1"
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from m1 import __version__
+
+        print(__version__)
+        return 0
+    try:
+        command, config = parse(arguments)
+        importlib.import_module(RUNNERS[command]).run(config)
+    except KeyboardInterrupt:
+        print("\nm1: interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not is_users_mistake(error):
+            raise
+        print(f"m1: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
