@@ -5,9 +5,11 @@ that would synchronise, so there an index out of range is the caller's responsib
 """
 
 import functools
+import importlib
 import importlib.util
 import itertools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ def has_triton() -> bool:
 def use_triton(tensor: Tensor) -> bool:
     """Whether an op on `tensor` runs its Triton kernel: on CUDA where triton is installed; else the torch reference."""
     return tensor.is_cuda and has_triton()
+
+
+def implementation_for(tensor: Tensor, package: str) -> ModuleType:
+    """The module of an op's `package` that computes for `tensor`: its triton_impl or its reference, imported when used."""
+    return importlib.import_module(f"{package}.triton_impl" if use_triton(tensor) else f"{package}.reference")
 
 
 def require(is_met: bool, argument: str, expected: str, given: object) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from m1.kernels.dispatch import require, require_tensor, use_triton
+from m1.kernels.dispatch import implementation_for, require, require_tensor
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -17,8 +17,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     require(gate.is_floating_point(), "gate", "a floating tensor", gate.dtype)
     require_tensor("up", up, " ".join(["size"] * gate.dim()), gate.shape, gate)
-    if use_triton(gate):
-        from m1.kernels.activation import triton_impl as implementation
-    else:
-        from m1.kernels.activation import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(gate, __name__)
     return implementation.swiglu(gate, up)

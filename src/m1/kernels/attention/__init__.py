@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from m1.kernels.dispatch import (
+    implementation_for,
     require,
     require_cu_seqlens,
     require_groups,
     require_rank,
     require_tensor,
-    use_triton,
 )
 
 
@@ -43,10 +43,10 @@ def varlen_attention(
     _check_new_keys(q, k, v)
     _check_lengths(cu_seqlens, q, max_seqlen, window)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from m1.kernels.attention import torch_varlen as implementation
+        from m1.kernels.attention.torch_varlen import varlen_attention as attend
     else:
-        from m1.kernels.attention import reference as implementation  # type: ignore[no-redef]
-    return implementation.varlen_attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window)
+        from m1.kernels.attention.reference import varlen_attention as attend
+    return attend(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window)
 
 
 def paged_attention(
@@ -92,10 +92,7 @@ def paged_attention(
     require_tensor("context_lens", context_lens, "n", (num_sequences,), q, (torch.int32,))
     if q.device.type == "cpu":
         _check_context(block_tables, context_lens, cu_seqlens, num_pages, page_size)
-    if use_triton(q):
-        from m1.kernels.attention import triton_impl as implementation
-    else:
-        from m1.kernels.attention import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(q, __name__)
     return implementation.paged_attention(
         q,
         key_pages,
@@ -129,10 +126,7 @@ def write_kv(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, kv_sl
     if kv_slots.device.type == "cpu" and len(kv_slots) > 0:
         highest = int(kv_slots.max())
         require(highest < num_pages * page_size, "kv_slots", f"below {num_pages * page_size}", highest)
-    if use_triton(k):
-        from m1.kernels.attention import triton_impl as implementation
-    else:
-        from m1.kernels.attention import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(k, __name__)
     implementation.write_kv(k, v, key_pages, value_pages, kv_slots)
 
 

@@ -5,12 +5,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from m1.kernels.dispatch import (
+    implementation_for,
     require,
     require_cu_seqlens,
     require_rank,
     require_slots,
     require_tensor,
-    use_triton,
 )
 
 
@@ -46,10 +46,7 @@ def causal_conv1d(
     if initial_state is not None:
         shape = (num_sequences, x.shape[1], weight.shape[1] - 1)
         require_tensor("initial_state", initial_state, "n D W-1", shape, x)
-    if use_triton(x):
-        from m1.kernels.causal_conv1d import triton_impl as implementation
-    else:
-        from m1.kernels.causal_conv1d import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.causal_conv1d(
         x,
         weight,
@@ -86,10 +83,7 @@ def causal_conv1d_update(
     num_slots = conv_state.shape[0]
     require_tensor("conv_state", conv_state, "S D W-1", (num_slots, x.shape[1], weight.shape[1] - 1), x)
     require_slots(slots, x.shape[0], num_slots, x)
-    if use_triton(x):
-        from m1.kernels.causal_conv1d import triton_impl as implementation
-    else:
-        from m1.kernels.causal_conv1d import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.causal_conv1d_update(x, conv_state, weight, bias, activation=activation, slots=slots)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from m1.kernels.dispatch import require, require_rank, require_tensor, use_triton
+from m1.kernels.dispatch import implementation_for, require, require_rank, require_tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
@@ -25,10 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if residual is not None:
         layout = " ".join(["..."] * (x.dim() - 1) + ["D"])
         require_tensor("residual", residual, layout, x.shape, x, (x.dtype,))
-    if use_triton(x):
-        from m1.kernels.norm import triton_impl as implementation
-    else:
-        from m1.kernels.norm import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.rms_norm(x, weight, eps, residual)
 
 
@@ -46,8 +43,5 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     require_tensor("z", z, "T H P", x.shape, x)
     require_tensor("weight", weight, "H·P", (x.shape[1] * x.shape[2],), x)
     require(eps >= 0, "eps", "at least 0", eps)
-    if use_triton(x):
-        from m1.kernels.norm import triton_impl as implementation
-    else:
-        from m1.kernels.norm import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.gated_rms_norm(x, z, weight, eps)

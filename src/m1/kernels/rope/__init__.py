@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from m1.kernels.dispatch import require, require_rank, require_tensor, use_triton
+from m1.kernels.dispatch import implementation_for, require, require_rank, require_tensor
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,8 +22,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require(width % 2 == 0, "x", "of an even head width K", list(x.shape))
     require_tensor("cos", cos, "T K", (num_tokens, width), x)
     require_tensor("sin", sin, "T K", (num_tokens, width), x)
-    if use_triton(x):
-        from m1.kernels.rope import triton_impl as implementation
-    else:
-        from m1.kernels.rope import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.apply_rotary(x, cos, sin)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from m1.kernels.dispatch import require, require_rank, require_tensor, use_triton
+from m1.kernels.dispatch import implementation_for, require, require_rank, require_tensor
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -48,10 +48,7 @@ def sample(
     require_tensor("positions", positions, "n", rows, logits, (torch.int64,))
     if logits.device.type == "cpu":
         _check_ranges(temperature, top_k, top_p, min_p)
-    if use_triton(logits):
-        from m1.kernels.sampling import triton_impl as implementation
-    else:
-        from m1.kernels.sampling import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(logits, __name__)
     return implementation.sample(
         logits,
         temperature=temperature,

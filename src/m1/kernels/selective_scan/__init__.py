@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from m1.kernels.dispatch import (
+    implementation_for,
     require_cu_seqlens,
     require_groups,
     require_rank,
     require_slots,
     require_tensor,
-    use_triton,
 )
 
 
@@ -53,10 +53,7 @@ def selective_scan(
     num_sequences = require_cu_seqlens(cu_seqlens, x.shape[0], x)
     if initial_state is not None:
         require_tensor("initial_state", initial_state, "n H P N", (num_sequences, *A.shape), x)
-    if use_triton(x):
-        from m1.kernels.selective_scan import triton_impl as implementation
-    else:
-        from m1.kernels.selective_scan import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.selective_scan(
         x,
         dt,
@@ -103,10 +100,7 @@ def selective_state_update(
     num_slots = ssm_state.shape[0]
     require_tensor("ssm_state", ssm_state, "S H P N", (num_slots, *A.shape), x)
     require_slots(slots, x.shape[0], num_slots, x)
-    if use_triton(x):
-        from m1.kernels.selective_scan import triton_impl as implementation
-    else:
-        from m1.kernels.selective_scan import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.selective_state_update(
         ssm_state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots
     )

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from m1.kernels.dispatch import (
+    implementation_for,
     require,
     require_cu_seqlens,
     require_groups,
     require_rank,
     require_slots,
     require_tensor,
-    use_triton,
 )
 
 
@@ -58,10 +58,7 @@ def ssd_scan(
     if initial_state is not None:
         shape = (num_sequences, C.shape[1], x.shape[2], C.shape[2])
         require_tensor("initial_state", initial_state, "n H P N", shape, x)
-    if use_triton(x):
-        from m1.kernels.ssd import triton_impl as implementation
-    else:
-        from m1.kernels.ssd import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.ssd_scan(
         x,
         dt,
@@ -108,10 +105,7 @@ def ssd_state_update(
     shape = (num_slots, C.shape[1], x.shape[2], C.shape[2])
     require_tensor("ssm_state", ssm_state, "S H P N", shape, x)
     require_slots(slots, x.shape[0], num_slots, x)
-    if use_triton(x):
-        from m1.kernels.ssd import triton_impl as implementation
-    else:
-        from m1.kernels.ssd import reference as implementation  # type: ignore[no-redef]
+    implementation = implementation_for(x, __name__)
     return implementation.ssd_state_update(
         ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots
     )
