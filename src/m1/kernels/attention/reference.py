@@ -1,0 +1,124 @@
+"""Attention in torch: the truth in tests and the CPU path. Documents of like length share one padded SDPA call.
+
+A causal mask hides padding on the right from every real query, so padded documents need no mask of their own.
+Legend: T flat tokens, n sequences, H query heads, G key/value heads, K head_dim, L padded length.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+MOST_PADDING = 1.5  # documents go in one call while the padded area of scores is at most this multiple of their own
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See `m1.kernels.attention.varlen_attention`."""
+    if cu_seqlens is None or cu_seqlens.shape[0] == 2:
+        return _attend_padded(q[None], k[None], v[None], scale, window)[0]
+    lengths = cu_seqlens.diff()
+    outputs, rows = [], []
+    for documents, length in _groups_of_like_length(lengths.tolist()):
+        index = torch.tensor(documents, device=q.device)
+        offsets = torch.arange(length, device=q.device)
+        is_real = offsets < lengths[index, None]  # [n, L]
+        tokens = (cu_seqlens[index, None] + offsets).clamp_max(q.shape[0] - 1)
+        attended = _attend_padded(q[tokens], k[tokens], v[tokens], scale, window)
+        outputs.append(attended[is_real])
+        rows.append(tokens[is_real])
+    if len(outputs) == 1:
+        return outputs[0]
+    order = torch.cat(rows).argsort()
+    return torch.cat(outputs)[order]
+
+
+def _groups_of_like_length(lengths: list[int]) -> list[tuple[list[int], int]]:
+    """Documents to run together, with the length they are padded to. One group, in order, where that wastes little."""
+    longest = max(lengths)
+    if len(lengths) * longest**2 <= MOST_PADDING * sum(length**2 for length in lengths):
+        return [(list(range(len(lengths))), longest)]
+    groups: list[tuple[list[int], int]] = []
+    area = 0
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        own = lengths[document] ** 2
+        if groups and (len(groups[-1][0]) + 1) * groups[-1][1] ** 2 <= MOST_PADDING * (area + own):
+            groups[-1][0].append(document)
+            area += own
+        else:
+            groups.append(([document], lengths[document]))
+            area = own
+    return groups
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """[n, L, heads, K] each -> [n, L, H, K], causal from the first position on."""
+    length = q.shape[1]
+    mask = None
+    if window is not None and window < length:
+        distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+        mask = (distance >= 0) & (distance < window)
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def paged_attention(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    *,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See `m1.kernels.attention.paged_attention`: pages are gathered into one padded batch, one masked SDPA call."""
+    page_size = key_pages.shape[1]
+    longest = int(context_lens.max())
+    pages = block_tables[:, : -(-longest // page_size)].clamp_min(0).long()  # what a short row's tail names is masked
+    keys, values = (t[pages].flatten(1, 2)[:, :longest].to(q.dtype).transpose(1, 2) for t in (key_pages, value_pages))
+    lengths = cu_seqlens.diff()
+    offsets = torch.arange(max_seqlen, device=q.device)
+    is_real = offsets < lengths[:, None]  # [n, L]
+    tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(q.shape[0] - 1)
+    positions = (context_lens - lengths)[:, None] + offsets  # [n, L] of the queries
+    distance = positions[:, :, None] - torch.arange(longest, device=q.device)  # [n, L, context]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    mask |= ~is_real[:, :, None]  # a query that is padding must see something, or its softmax is NaN
+    out = scaled_dot_product_attention(
+        q[tokens].transpose(1, 2),
+        keys,
+        values,
+        attn_mask=mask[:, None],
+        scale=scale,
+        enable_gqa=q.shape[1] != key_pages.shape[2],
+    )
+    return out.transpose(1, 2)[is_real]
+
+
+def write_kv(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, kv_slots: Tensor) -> None:
+    """See `m1.kernels.attention.write_kv`."""
+    if int(kv_slots.min()) < 0:
+        is_kept = kv_slots >= 0
+        k, v, kv_slots = k[is_kept], v[is_kept], kv_slots[is_kept]
+    key_pages.flatten(0, 1)[kv_slots] = k.to(key_pages.dtype)
+    value_pages.flatten(0, 1)[kv_slots] = v.to(value_pages.dtype)
