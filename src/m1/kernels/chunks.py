@@ -10,28 +10,24 @@ class Chunks:
     """T packed tokens as K chunks of Q positions, none crossing a document; a document's last chunk ends in padding.
 
     Laid out step-major, [Q, K, …]: position q of all chunks is contiguous. Padding repeats its document's last token
-    (so nothing of one document reaches another) or holds zeros, as the caller asks.
+    (so nothing of one document reaches another) or holds zeros, as the caller asks. Chunk k is followed by chunk k+1.
     """
 
     def __init__(self, cu_seqlens: Tensor | None, num_tokens: int, max_length: int, device: torch.device) -> None:
         bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()
         documents = list(itertools.pairwise(bounds))
-        self.num_sequences = len(documents)
         self.length = min(max_length, max(end - start for start, end in documents))  # Q
-        self.document: list[int] = []  # of each chunk
-        starts: list[int] = []
-        stops: list[int] = []
-        for index, (start, end) in enumerate(documents):
-            here = range(start, end, self.length)
-            starts += here
-            stops += [end] * len(here)
-            self.document += [index] * len(here)
-        self.count = len(starts)  # K
-        changes = [True, *(left != right for left, right in itertools.pairwise(self.document)), True]
-        self.is_first, self.is_last = changes[:-1], changes[1:]
+        starts = [range(start, end, self.length) for start, end in documents]  # of each document's chunks
+        counts = torch.tensor([len(chunks) for chunks in starts], device=device)
+        self.count = sum(map(len, starts))  # K
+        self.last = counts.cumsum(0) - 1  # [n], each document's last chunk
+        self.first = self.last - counts + 1  # [n]
+        # for r = 1, 2, …: the chunks that are the r-th after a document's first, so that one step serves all documents
+        self.rounds = [self.first[counts > r] + r for r in range(1, max(map(len, starts)))]
 
-        token = torch.tensor(starts, device=device) + torch.arange(self.length, device=device)[:, None]  # [Q, K]
-        stop = torch.tensor(stops, device=device)
+        start = torch.tensor(list(itertools.chain(*starts)), device=device)
+        stop = torch.tensor(bounds[1:], device=device).repeat_interleave(counts)
+        token = start + torch.arange(self.length, device=device)[:, None]  # [Q, K]
         self._is_padding = token >= stop
         self._token = torch.minimum(token, stop - 1).flatten()
         place = torch.arange(token.numel(), device=device).view(token.shape)

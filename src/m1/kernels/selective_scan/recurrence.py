@@ -82,86 +82,74 @@ class _Scan:
     def entry_states(self, initial: Tensor | None) -> Tensor:
         """The state before each chunk, [K, H·P, N]."""
         chunks = self.chunks
-        entry = self.A.new_zeros(chunks.count, *self.A.shape)
-        if chunks.count > chunks.num_sequences:
-            ends, total = torch.zeros_like(entry), self._total_decay()
+        entry = self._new_states()
+        if initial is not None:
+            entry[chunks.first] = initial.reshape(-1, *self.A.shape)
+        if chunks.rounds:
+            ends, total = self._new_states(), self._total_decay()
             for low, high in self._blocks():
                 h, decay = ends[low:high], torch.empty_like(ends[low:high])
                 for delta, u, B in self._steps(low, high, self.delta, self.u, self.B):
                     self._advance(h, h, delta, u, B, decay)
-        for k in range(chunks.count):
-            if not chunks.is_first[k]:
-                torch.addcmul(ends[k - 1], total[k - 1], entry[k - 1], out=entry[k])
-            elif initial is not None:
-                entry[k] = initial[chunks.document[k]].view_as(self.A)
+            for here in chunks.rounds:
+                entry[here] = torch.addcmul(ends[here - 1], total[here - 1], entry[here - 1])
         return entry
 
     def outputs(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         """y [T, H, P] and the state after each document [n, H, P, N]."""
-        chunks = self.chunks
-        y = self.A.new_empty(chunks.length, chunks.count * self.H, self.P, 1)
-        final = self.A.new_empty(chunks.num_sequences, *self.A.shape)
+        y = self.A.new_empty(self.chunks.length, self.chunks.count * self.H, self.P, 1)
+        states = entry.clone()
         for low, high in self._blocks():
-            h = entry[low:high].clone()
+            h = states[low:high]
             h_by_head, decay = self._by_head(h), torch.empty_like(h)
             for delta, u, B, C, y_q in self._steps(low, high, self.delta, self.u, self.B, self.C.mT, y):
                 self._advance(h, h, delta, u, B, decay)
                 torch.bmm(h_by_head, C, out=y_q)
-            for k in range(low, high):
-                if chunks.is_last[k]:
-                    final[chunks.document[k]] = h[k - low]
-        return self._join(y, self.H, self.P), final.view(-1, *self.state_shape)
+        return self._join(y, self.H, self.P), states[self.chunks.last].view(-1, *self.state_shape)
 
     def exit_gradients(self, dy: Tensor, dfinal: Tensor) -> Tensor:
         """The gradient of the state after each chunk, [K, H·P, N]."""
         chunks = self.chunks
-        exits = self.A.new_empty(chunks.count, *self.A.shape)
-        if chunks.count > chunks.num_sequences:
-            entries, total = torch.zeros_like(exits), self._total_decay()
+        exits = self._new_states()
+        exits[chunks.last] = dfinal.reshape(-1, *self.A.shape)
+        if chunks.rounds:
+            entries, total = self._new_states(), self._total_decay()
             for low, high in self._blocks():
-                g, decay = entries[low:high], torch.empty_like(exits[low:high])
+                g, decay = entries[low:high], torch.empty_like(entries[low:high])
                 g_by_head = self._by_head(g)
                 for delta, C, dy_q in reversed(self._steps(low, high, self.delta, self.C, dy)):
                     g_by_head.addcmul_(dy_q, C)
                     g.mul_(self._decay(delta, decay))
-        for k in reversed(range(chunks.count)):
-            if chunks.is_last[k]:
-                exits[k] = dfinal[chunks.document[k]].view_as(self.A)
-            else:
-                torch.addcmul(entries[k + 1], total[k + 1], exits[k + 1], out=exits[k])
+            for here in reversed(chunks.rounds):
+                exits[here - 1] = torch.addcmul(entries[here], total[here], exits[here])
         return exits
 
     def differentiate(self, entry: Tensor, dy: Tensor, exits: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of x, Δ, A, B, C and of the initial states; overwrites `exits`."""
-        chunks, Q, K = self.chunks, self.chunks.length, self.chunks.count
+        """The gradients of x, Δ, A, B, C and of the initial states; turns `exits` into the entry states' gradients."""
+        Q, K = self.chunks.length, self.chunks.count
         ddelta, du, dB, dC = (torch.empty_like(tensor) for tensor in (self.delta, self.u, self.B, self.C))
         dA = torch.zeros_like(self.A)
-        dinitial = self.A.new_empty(chunks.num_sequences, *self.A.shape)
         states = self.A.new_empty(Q + 1, min(LANES, K), *self.A.shape)
         for low, high in self._blocks():
-            g = exits[low:high]
-            self._differentiate_block(low, high, entry[low:high], states[:, : high - low], dy, g, (ddelta, du, dB, dC, dA))
-            for k in range(low, high):
-                if chunks.is_first[k]:
-                    dinitial[chunks.document[k]] = g[k - low]
+            self._differentiate_block(low, high, entry, states[:, : high - low], dy, exits, (ddelta, du, dB, dC, dA))
         du = du.view(Q, K, self.Gx, -1, self.P)
-        delta = self.delta.view_as(du)
         ddelta.view_as(du).addcmul_(du, self.x)
         return (
-            chunks.join((du * delta).sum(3)),
+            self.chunks.join((du * self.delta.view_as(du)).sum(3)),
             self._join(ddelta, self.H, self.P),
             dA.view(self.state_shape),
             self._join(dB, self.G, self.N),
             self._join(dC, self.H, self.N),
-            dinitial.view(-1, *self.state_shape),
+            exits[self.chunks.first].view(-1, *self.state_shape),
         )
 
     def _differentiate_block(
-        self, low: int, high: int, entry: Tensor, states: Tensor, dy: Tensor, g: Tensor, gradients: tuple[Tensor, ...]
+        self, low: int, high: int, entry: Tensor, states: Tensor, dy: Tensor, exits: Tensor, gradients: tuple[Tensor, ...]
     ) -> None:
-        """Write a block's part of (dΔ, du, dB, dC) and add its part of dA; turns g from exit into entry gradients."""
+        """Write a block's part of (dΔ, du, dB, dC) and add its part of dA; `states` [Q+1, L, H·P, N] is room to work."""
         *written, dA = gradients
-        states[0] = entry
+        g = exits[low:high]
+        states[0] = entry[low:high]
         decay, m, dA_by_lane = torch.empty_like(g), torch.empty_like(g), torch.zeros_like(g)
         steps = self._steps(low, high, self.delta, self.u, self.B, self.C, dy, *written)
         for q, (delta, u, B, *_) in enumerate(steps):
@@ -186,6 +174,9 @@ class _Scan:
 
     def _decay(self, delta: Tensor, out: Tensor) -> Tensor:
         return torch.mul(delta, self.A, out=out).exp_()
+
+    def _new_states(self) -> Tensor:
+        return self.A.new_zeros(self.chunks.count, *self.A.shape)
 
     def _total_decay(self) -> Tensor:
         return self.delta.sum(0).mul(self.A).exp_()  # [K, H·P, N]
