@@ -103,10 +103,13 @@ def test_bf16_inputs_are_computed_in_fp32() -> None:
 
 def test_autocast_changes_nothing_in_fp32() -> None:
     inputs = make_inputs(90, 2)
-    expected = run_op(inputs, [60, 30])
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = run_op(inputs, [60, 30])
-    assert_close(actual, expected, REL_RMS[torch.float32])
+    bounds = naive.cu_seqlens([60, 30])
+
+    def under_autocast(**kw: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return selective_scan(**kw, cu_seqlens=bounds, output_final_state=True)
+
+    assert_close(gradients_and_outputs(under_autocast, inputs), run_op(inputs, [60, 30]), REL_RMS[torch.float32])
 
 
 def test_activation_checkpointing() -> None:

@@ -3,15 +3,16 @@
 Every document is cut into chunks of Q tokens, so that no chunk holds two documents. Inside a chunk the recurrence is a
 masked product of C and B, weighted by decays; between a document's chunks one state a head is handed on, for all documents
 at once. Decays are exponentials of sums of log decays between two positions, never above 1, so nothing overflows.
-Legend: T tokens, J chunks, Q tokens a chunk, n documents, H = G·R query heads, G groups, R heads a group, P width, N d_state.
+Legend: T tokens, K chunks, Q tokens a chunk, n documents, H = G·R query heads, G groups, R heads a group, P width, N d_state.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import softplus
+
+from m1.kernels.chunks import Chunks
 
 
 def ssd_scan(
@@ -29,99 +30,31 @@ def ssd_scan(
     output_final_state: bool = False,
     chunk_size: int = 64,
 ) -> Any:
-    """See `m1.kernels.ssd.ssd_scan`."""
-    groups, out_dtype = B.shape[1], x.dtype
-    per_group = (groups, C.shape[1] // groups)
-    chunks = _cut(cu_seqlens, x, chunk_size)
-    delta = _step_sizes(dt, dt_bias, dt_softplus)  # [T, H]
-    x, C = x.float(), C.float()
-    if x.shape[1] == groups:
-        x = x[:, :, None].expand(-1, -1, per_group[1], -1)
-    x = x.reshape(x.shape[0], *per_group, -1)
+    """See m1.kernels.ssd.ssd_scan."""
+    num_heads = C.shape[1]
+    heads = (B.shape[1], num_heads // B.shape[1])  # G, R
+    chunks = Chunks(cu_seqlens, x.shape[0], chunk_size, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        repeated = _repeat(x.float(), num_heads)  # [T, H, P]
+        delta = _step_size(dt, dt_bias, dt_softplus)  # [T, H]
+        delta_cut = chunks.cut_zero(delta).unflatten(2, heads)  # [Q, K, G, R]; in the padding nothing decays or is added
+        log_decay = (delta_cut * A.float().view(heads)).cumsum(0)  # from the chunk's start to each token
+        u = chunks.cut(repeated).unflatten(2, heads) * delta_cut[..., None]  # [Q, K, G, R, P]
+        keys = chunks.cut(B.float())  # [Q, K, G, N]
+        queries = chunks.cut(C.float()).unflatten(2, heads)  # [Q, K, G, R, N]
 
-    is_real = chunks.is_real[:, :, None, None]
-    steps = delta.unflatten(1, per_group)[chunks.tokens] * is_real  # [J, Q, G, R]; padding neither decays nor adds
-    log_decay = (steps * A.float().view(per_group)).cumsum(1)  # [J, Q, G, R], from the chunk's start to each token
-    u = x[chunks.tokens] * steps[..., None]  # [J, Q, G, R, P]
-    keys = B.float()[chunks.tokens]  # [J, Q, G, N]
-    queries = C.unflatten(1, per_group)[chunks.tokens]  # [J, Q, G, R, N]
-
-    y = _within_chunks(u, keys, queries, log_decay)
-    first = None if initial_state is None else initial_state.float().unflatten(1, per_group)
-    entry, final = _between_chunks(u, keys, log_decay, chunks, first)
-    if entry is not None:
-        y = y + torch.einsum("jqgrn,jgrpn->jqgrp", queries, entry) * log_decay.exp()[..., None]
-    y = y[chunks.is_real]  # [T, G, R, P]
-    if D is not None:
-        y = y + x * D.float().view(*per_group, 1)
-    y = y.flatten(1, 2).to(out_dtype)
+        initial = None if initial_state is None else initial_state.float().unflatten(1, heads)
+        entry, final = _between_chunks(u, keys, log_decay, chunks, initial)
+        y = _within_chunks(u, keys, queries, log_decay)
+        y = y + torch.einsum("qkgrn,kgrpn->qkgrp", queries, entry) * log_decay.exp()[..., None]
+        y = chunks.join(y).flatten(1, 2)  # [T, H, P]
+        if D is not None:
+            y = y + D.float()[:, None] * repeated
+    y = y.to(x.dtype)
     return (y, final.flatten(1, 2)) if output_final_state else y
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """tokens [J, Q]: the token at each place; is_real [J, Q]: false where a document's last chunk is padded;
-    rounds: for r = 0, 1, …: (documents, chunks), both [m]: the documents that have an r-th chunk, and which it is."""
-
-    tokens: Tensor
-    is_real: Tensor
-    rounds: list[tuple[Tensor, Tensor]]
-    num_documents: int
-
-
-def _cut(cu_seqlens: Tensor | None, x: Tensor, chunk_size: int) -> _Chunks:
-    if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, x.shape[0]], device=x.device)
-    bounds = cu_seqlens.long()
-    lengths = bounds.diff()
-    size = min(chunk_size, int(lengths.max()))
-    counts = (lengths + size - 1) // size
-    firsts = counts.cumsum(0) - counts
-    owner = torch.arange(len(lengths), device=x.device).repeat_interleave(counts)
-    rank = torch.arange(len(owner), device=x.device) - firsts[owner]
-    tokens = (bounds[owner] + rank * size)[:, None] + torch.arange(size, device=x.device)
-    is_real = tokens < bounds[owner + 1][:, None]
-    rounds = []
-    for r in range(int(counts.max())):
-        documents = (counts > r).nonzero().flatten()
-        rounds.append((documents, firsts[documents] + r))
-    return _Chunks(tokens.clamp_max(x.shape[0] - 1), is_real, rounds, len(lengths))
-
-
-def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
-    delta = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-    return softplus(delta) if dt_softplus else delta
-
-
-def _within_chunks(u: Tensor, keys: Tensor, queries: Tensor, log_decay: Tensor) -> Tensor:
-    """What each token gets from its own chunk: y_q = Σ_{s ≤ q} exp(l_q - l_s) (C_q·B_s) u_s. [J, Q, G, R, P]."""
-    size = u.shape[1]
-    log_decay = log_decay.permute(0, 2, 3, 1)  # [J, G, R, Q]
-    future = torch.ones(size, size, dtype=torch.bool, device=u.device).triu(1)
-    weights = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp()
-    scores = torch.einsum("jqgrn,jsgn->jgrqs", queries, keys)
-    return torch.einsum("jgrqs,jsgrp->jqgrp", scores * weights, u)
-
-
-def _between_chunks(
-    u: Tensor, keys: Tensor, log_decay: Tensor, chunks: _Chunks, first: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """Each chunk's first state [J, G, R, P, N] (None if all are zero), and each document's last [n, G, R, P, N]."""
-    to_end = (log_decay[:, -1:] - log_decay).exp()  # [J, Q, G, R]
-    added = torch.einsum("jqgrp,jqgn->jgrpn", u * to_end[..., None], keys)
-    if first is None and len(chunks.rounds) == 1:
-        return None, added
-    decay = log_decay[:, -1].exp()[..., None, None]  # [J, G, R, 1, 1]
-    state = added.new_zeros(chunks.num_documents, *added.shape[1:]) if first is None else first
-    entries = []
-    for documents, which in chunks.rounds:
-        before = state[documents]
-        entries.append(before)
-        state = state.index_copy(0, documents, before * decay[which] + added[which])
-    order = torch.cat([which for _, which in chunks.rounds])
-    return torch.cat(entries)[order.argsort()], state
-
-
+@torch.no_grad()
 def ssd_state_update(
     ssm_state: Tensor,
     x: Tensor,
@@ -135,18 +68,57 @@ def ssd_state_update(
     dt_softplus: bool = True,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """See `m1.kernels.ssd.ssd_state_update`."""
-    heads = C.shape[1]
-    state = (ssm_state if slots is None else ssm_state[slots]).float()  # [n, H, P, N]
-    delta = _step_sizes(dt, dt_bias, dt_softplus)
-    repeated = x.float().repeat_interleave(heads // x.shape[1], dim=1)  # [n, H, P]
-    keys = B.float().repeat_interleave(heads // B.shape[1], dim=1)  # [n, H, N]
-    state = state * (delta * A.float()).exp()[..., None, None] + (delta[..., None] * repeated)[..., None] * keys[:, :, None]
+    """See m1.kernels.ssd.ssd_state_update."""
+    num_heads = C.shape[1]
     if slots is None:
-        ssm_state.copy_(state)
-    else:
-        ssm_state[slots] = state.to(ssm_state.dtype)
-    y = torch.einsum("nhpk,nhk->nhp", state, C.float())
+        slots = torch.arange(x.shape[0], device=x.device)
+    repeated = _repeat(x.float(), num_heads)  # [n, H, P]
+    delta = _step_size(dt, dt_bias, dt_softplus)  # [n, H]
+    state = ssm_state[slots].float() * torch.exp(delta * A.float())[..., None, None]  # [n, H, P, N]
+    state += (delta[..., None] * repeated)[..., None] * _repeat(B.float(), num_heads)[:, :, None]
+    ssm_state[slots] = state.to(ssm_state.dtype)
+    y = (state * C.float()[:, :, None]).sum(-1)
     if D is not None:
-        y = y + repeated * D.float()[:, None]
+        y += D.float()[:, None] * repeated
     return y.to(x.dtype)
+
+
+def _within_chunks(u: Tensor, keys: Tensor, queries: Tensor, log_decay: Tensor) -> Tensor:
+    """What each token gets from its own chunk: y_q = Σ_{s ≤ q} exp(l_q - l_s) (C_q·B_s) u_s. [Q, K, G, R, P]."""
+    size = len(u)
+    log_decay = log_decay.permute(1, 2, 3, 0)  # [K, G, R, Q]
+    future = torch.ones(size, size, dtype=torch.bool, device=u.device).triu(1)
+    weights = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp()
+    scores = torch.einsum("qkgrn,skgn->kgrqs", queries, keys)
+    return torch.einsum("kgrqs,skgrp->qkgrp", scores * weights, u)
+
+
+def _between_chunks(
+    u: Tensor, keys: Tensor, log_decay: Tensor, chunks: Chunks, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The state that each chunk starts from, [K, G, R, P, N], and the state after each document, [n, G, R, P, N]."""
+    to_end = torch.exp(log_decay[-1] - log_decay)  # [Q, K, G, R]
+    added = torch.einsum("qkgrp,qkgn->kgrpn", u * to_end[..., None], keys)
+    decay = log_decay[-1].exp()[..., None, None]  # [K, G, R, 1, 1]
+    state = added.new_zeros(len(chunks.first), *added.shape[1:]) if initial is None else initial
+    which, entries = [chunks.first], [state]  # of each round of chunks
+    for here in chunks.rounds:
+        before = here - 1
+        # the documents that go on are those whose chunk before this one is in the round before
+        is_continued = torch.isin(which[-1], before)
+        state = entries[-1][is_continued] * decay[before] + added[before]
+        which.append(here)
+        entries.append(state)
+    entry = torch.cat(entries)[torch.cat(which).argsort()]
+    return entry, entry[chunks.last] * decay[chunks.last] + added[chunks.last]
+
+
+def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
+    delta = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    return F.softplus(delta) if dt_softplus else delta
+
+
+def _repeat(grouped: Tensor, num_heads: int) -> Tensor:
+    """[rows, G, …] to [rows, H, …]: each group for its H/G neighbouring heads."""
+    repeats = num_heads // grouped.shape[1]
+    return grouped if repeats == 1 else grouped.repeat_interleave(repeats, 1)
