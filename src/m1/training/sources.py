@@ -1,0 +1,156 @@
+"""Where training data comes from: JSON-lines files, `datasets` names, and reasoning-gym generators as gym:NAME.
+
+A row is checked here, and an error names its file and line; how it becomes tokens is decided in `data.py`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m1.reasoning.problems import Problem, generate_problems, read_problems
+from m1.reasoning.rewards import require_reward_name
+
+GYM_PREFIX = "gym:"
+_SHAPES = "'messages', or 'prompt' and 'completion', or 'problem' and 'answer'"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked row: its fields, and where they stand (for errors)."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+def read_rows(sources: Sequence[str], *, num_problems: int, seed: int) -> list[Row]:
+    """All rows of `sources` in their order: files, `datasets` names (NAME or NAME:SPLIT), generators (gym:NAME).
+
+    Raises FileNotFoundError for a missing file, and ValueError for a malformed line (named by file and number), a row of
+    another shape, an empty source, an unknown generator, or a `datasets` name when `datasets` is not installed.
+    """
+    if not sources:
+        raise ValueError("--data is needed: JSON-lines files, `datasets` names, or gym:NAME")
+    rows: list[Row] = []
+    for source in sources:
+        if source.startswith(GYM_PREFIX):
+            new = [
+                Row({"problem": problem.problem, "answer": problem.answer}, problem.id)
+                for problem in generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
+            ]
+        elif is_file_name(source):
+            new = list(_read_json_lines(Path(source)))
+        else:
+            new = list(_read_dataset(source))
+        if not new:
+            raise ValueError(f"{source}: the data set is empty")
+        rows += new
+    return rows
+
+
+def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, reward: str = "auto") -> list[Problem]:
+    """All problems of `sources`, as for `read_rows`, with the reward "auto" (each problem's own) or the one named.
+
+    Raises as `read_rows` does, and ValueError for rows without problem and answer, and a `reward` that is no name of one.
+    """
+    if not sources:
+        raise ValueError("--data is needed: JSON-lines files or `datasets` names with problem and answer, or gym:NAME")
+    problems: list[Problem] = []
+    for source in sources:
+        if source.startswith(GYM_PREFIX):
+            problems += generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
+        elif is_file_name(source):
+            problems += read_problems(_existing(Path(source)))
+        else:
+            problems += [_problem_of(row) for row in _read_dataset(source)]
+    if reward == "auto":
+        return problems
+    require_reward_name(reward)
+    return [dataclasses.replace(problem, reward=reward) for problem in problems]
+
+
+def check_row(fields: Any, where: str) -> Row:
+    """The row, if it has one of the three shapes; else ValueError that says `where` and what is wrong."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{where}: expected an object with {_SHAPES}, got {type(fields).__name__}")
+    if "messages" in fields:
+        _check_messages(fields["messages"], where)
+    elif "prompt" in fields and "completion" in fields:
+        _check_texts(fields, ("prompt", "completion"), where)
+    elif "problem" in fields and "answer" in fields:
+        if isinstance(fields["answer"], (int, float)) and not isinstance(fields["answer"], bool):
+            fields = {**fields, "answer": str(fields["answer"])}
+        _check_texts(fields, ("problem", "answer"), where)
+    else:
+        raise ValueError(f"{where}: expected {_SHAPES}; the row has {', '.join(map(repr, fields)) or 'nothing'}")
+    return Row(fields, where)
+
+
+def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> list[Row]:
+    """Rows given in memory, checked; they are named by their number from 1."""
+    return [row if isinstance(row, Row) else check_row(row, f"row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source means a file: it exists, or looks like a path rather than a `datasets` name."""
+    path = Path(source)
+    return path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute() or source.startswith((".", "~"))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    return path
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    with _existing(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason})") from error
+            yield check_row(fields, where)
+
+
+def _read_dataset(source: str) -> Iterator[Row]:
+    name, _, split = source.partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{source}: no such file, and reading it by its `datasets` name needs that library: pip install 'm1-reasoner[data]'"
+        ) from error
+    for number, fields in enumerate(datasets.load_dataset(name, split=split or "train")):
+        yield check_row(fields, f"{source}, row {number}")
+
+
+def _problem_of(row: Row) -> Problem:
+    if "problem" not in row.fields or "answer" not in row.fields:
+        raise ValueError(f"{row.where}: expected 'problem' and 'answer'; the row has {', '.join(map(repr, row.fields))}")
+    return Problem(str(row.fields.get("id", row.where)), row.fields["problem"], row.fields["answer"])
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"{where}: 'messages' must be a list of objects with role and content")
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where}: a message must be an object with role and content, got {type(message).__name__}")
+        _check_texts(message, ("role", "content"), f"{where}, in a message")
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles or roles[0] == "assistant":
+        raise ValueError(f"{where}: 'messages' needs an assistant turn after another one; its roles are {', '.join(roles)}")
+
+
+def _check_texts(fields: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        if not isinstance(fields.get(name), str):
+            raise ValueError(f"{where}: {name!r} must be a string, got {type(fields.get(name)).__name__}")
