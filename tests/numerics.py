@@ -25,6 +25,9 @@ DENSE_EQUALS_ORIGINAL = 1e-4
 # Cached decoding against the plain forward, fp32, absolute on logits.
 CACHED_EQUALS_PLAIN = 1e-4
 
+# Losses computed in chunks of tokens against full logits, fp32, relative: other summation orders alone.
+CHUNKED_LOSS = 1e-6
+
 
 def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root-mean-square error of `actual` over the root-mean-square of `expected`; NaN anywhere gives NaN (never passes `<`)."""

@@ -16,6 +16,9 @@ from typing import Any, Literal
 MixerName = Literal["mamba1", "mamba2"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
+PROBLEM_SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."
+"""What is added to every problem, in training and in solving: the instruction that M1 was trained with (arXiv 2504.10449)."""
+
 
 @dataclass(kw_only=True)
 class ConvertConfig:
@@ -34,7 +37,11 @@ class ConvertConfig:
     start: Literal["m1", "improved"] = "m1"
     """m1: q, k, v, o copied, the rest fresh. improved: open gate, identity convolution, rotated B and C, calibrated scales."""
     calibration: list[str] = field(default_factory=list)
-    """Text for the improved start's output scales: data as for training. Without any, the scales are not calibrated."""
+    """JSON lines that the improved start is fitted on: data as for training. Without any, it is not fitted."""
+    calibration_tokens: int = 8192
+    """How many tokens of that text are used."""
+    device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
     overwrite: bool = False
     """Replace the output directory if it exists."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -64,6 +71,8 @@ class TrainConfig:
     """Packed tokens in one forward and backward; a step accumulates as many of these as it needs."""
     max_length: int = 2048
     """Longest document, in tokens; longer ones are cut."""
+    suffix: str = PROBLEM_SUFFIX
+    """Added to the problem in rows with problem and answer; empty for none."""
     learning_rate: float = 1e-5
     """Peak rate of everything that is not a mixer and not frozen."""
     mixer_learning_rate: float | None = None
@@ -88,6 +97,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the written model's weights."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     device: DeviceName = "auto"
@@ -186,7 +197,7 @@ class SolveConfig:
     """Nucleus sampling: the smallest set of tokens with this probability."""
     max_new_tokens: int = 1024
     """Longest solution."""
-    suffix: str = "\\nLet's think step by step and output the final answer within \\\\boxed{}."
+    suffix: str = PROBLEM_SUFFIX
     """Added to the problem; empty for none."""
     device: DeviceName = "auto"
     """auto: the GPU if there is one."""

@@ -5,7 +5,7 @@ call it; `M1ForCausalLM.forward` translates transformers' padded batches and pac
 Legend: B batch rows, L padded length, T flat real tokens.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,11 @@ class HybridBlock(GradientCheckpointingLayer):
 
 
 class M1PreTrainedModel(PreTrainedModel):
+    config: M1Config
     config_class = M1Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("HybridBlock",)
+    _no_split_modules = ["HybridBlock"]  # noqa: RUF012  (transformers reads it as is)
     _supports_sdpa = True
     _is_stateful = True
 
@@ -141,7 +142,8 @@ class M1Model(M1PreTrainedModel):
         if not flat.is_dense:
             hidden = hidden.new_zeros(batch * length, hidden.shape[-1]).index_copy(0, flat.token_index, hidden)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden.view(batch, length, -1), past_key_values=past_key_values if wants_cache else None
+            last_hidden_state=cast(torch.FloatTensor, hidden.view(batch, length, -1)),
+            past_key_values=past_key_values if wants_cache else None,
         )
 
 
