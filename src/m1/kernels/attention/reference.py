@@ -21,16 +21,16 @@ def varlen_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """See `m1.kernels.attention.varlen_attention`."""
+    """See m1.kernels.attention.varlen_attention."""
     if cu_seqlens is None or cu_seqlens.shape[0] == 2:
         return _attend_padded(q[None], k[None], v[None], scale, window)[0]
-    lengths = cu_seqlens.diff()
+    starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     outputs, rows = [], []
-    for documents, length in _groups_of_like_length(lengths.tolist()):
+    for documents, length in _groups_of_like_length((stops - starts).tolist()):
         index = torch.tensor(documents, device=q.device)
-        offsets = torch.arange(length, device=q.device)
-        is_real = offsets < lengths[index, None]  # [n, L]
-        tokens = (cu_seqlens[index, None] + offsets).clamp_max(q.shape[0] - 1)
+        places = starts[index, None] + torch.arange(length, device=q.device)  # [n, L]
+        is_real = places < stops[index, None]
+        tokens = torch.minimum(places, stops[index, None] - 1)  # padding repeats its own document's last token
         attended = _attend_padded(q[tokens], k[tokens], v[tokens], scale, window)
         outputs.append(attended[is_real])
         rows.append(tokens[is_real])
@@ -38,6 +38,62 @@ def varlen_attention(
         return outputs[0]
     order = torch.cat(rows).argsort()
     return torch.cat(outputs)[order]
+
+
+@torch.no_grad()
+def paged_attention(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    *,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See m1.kernels.attention.paged_attention: pages are gathered into one padded batch, one masked SDPA call."""
+    num_pages, page_size = key_pages.shape[:2]
+    longest = int(context_lens.max())
+    pages = block_tables[:, : -(-longest // page_size)].clamp(0, num_pages - 1).long()  # a short row's tail may name anything
+    places = torch.arange(longest, device=q.device)
+    is_context = (places < context_lens[:, None])[:, :, None, None]  # [n, context, 1, 1]
+    # what lies beyond the context was never written: a masked weight of 0 would not silence a NaN there
+    keys, values = (
+        tensor[pages].flatten(1, 2)[:, :longest].to(q.dtype).masked_fill(~is_context, 0).transpose(1, 2)
+        for tensor in (key_pages, value_pages)
+    )
+    lengths = cu_seqlens.diff()
+    offsets = torch.arange(max_seqlen, device=q.device)
+    is_real = offsets < lengths[:, None]  # [n, L]
+    tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(q.shape[0] - 1)
+    positions = (context_lens - lengths)[:, None] + offsets  # [n, L] of the queries
+    distance = positions[:, :, None] - places  # [n, L, context]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    mask |= ~is_real[:, :, None]  # a query that is padding must see something, or its softmax is NaN
+    with torch.autocast(q.device.type, enabled=False):
+        out = scaled_dot_product_attention(
+            q[tokens].transpose(1, 2),
+            keys,
+            values,
+            attn_mask=mask[:, None],
+            scale=scale,
+            enable_gqa=q.shape[1] != key_pages.shape[2],
+        )
+    return out.transpose(1, 2)[is_real]
+
+
+@torch.no_grad()
+def write_kv(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, kv_slots: Tensor) -> None:
+    """See m1.kernels.attention.write_kv."""
+    is_kept = kv_slots >= 0
+    slots, page_size = kv_slots[is_kept], key_pages.shape[1]
+    where = (slots // page_size, slots % page_size)
+    key_pages[where] = k[is_kept].to(key_pages.dtype)
+    value_pages[where] = v[is_kept].to(value_pages.dtype)
 
 
 def _groups_of_like_length(lengths: list[int]) -> list[tuple[list[int], int]]:
@@ -65,60 +121,14 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window:
     if window is not None and window < length:
         distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
         mask = (distance >= 0) & (distance < window)
-    out = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        out = scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
     return out.transpose(1, 2)
-
-
-def paged_attention(
-    q: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    *,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """See `m1.kernels.attention.paged_attention`: pages are gathered into one padded batch, one masked SDPA call."""
-    page_size = key_pages.shape[1]
-    longest = int(context_lens.max())
-    pages = block_tables[:, : -(-longest // page_size)].clamp_min(0).long()  # what a short row's tail names is masked
-    keys, values = (t[pages].flatten(1, 2)[:, :longest].to(q.dtype).transpose(1, 2) for t in (key_pages, value_pages))
-    lengths = cu_seqlens.diff()
-    offsets = torch.arange(max_seqlen, device=q.device)
-    is_real = offsets < lengths[:, None]  # [n, L]
-    tokens = (cu_seqlens[:-1, None] + offsets).clamp_max(q.shape[0] - 1)
-    positions = (context_lens - lengths)[:, None] + offsets  # [n, L] of the queries
-    distance = positions[:, :, None] - torch.arange(longest, device=q.device)  # [n, L, context]
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    mask |= ~is_real[:, :, None]  # a query that is padding must see something, or its softmax is NaN
-    out = scaled_dot_product_attention(
-        q[tokens].transpose(1, 2),
-        keys,
-        values,
-        attn_mask=mask[:, None],
-        scale=scale,
-        enable_gqa=q.shape[1] != key_pages.shape[2],
-    )
-    return out.transpose(1, 2)[is_real]
-
-
-def write_kv(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, kv_slots: Tensor) -> None:
-    """See `m1.kernels.attention.write_kv`."""
-    if int(kv_slots.min()) < 0:
-        is_kept = kv_slots >= 0
-        k, v, kv_slots = k[is_kept], v[is_kept], kv_slots[is_kept]
-    key_pages.flatten(0, 1)[kv_slots] = k.to(key_pages.dtype)
-    value_pages.flatten(0, 1)[kv_slots] = v.to(value_pages.dtype)
