@@ -16,7 +16,7 @@ from m1.config import SolveConfig, require
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.sequence import Completion
-from m1.modeling.loading import choose_device, load_model, load_tokenizer
+from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
 from m1.reasoning.answers import extract_answer
 from m1.reasoning.verify import Verifier
 from m1.reasoning.voting import Vote, majority_vote
@@ -32,10 +32,10 @@ def run(config: SolveConfig) -> None:
         raise ValueError(f"--samples: expected at least 1, got {config.samples}")
     device = choose_device(config.device)
     console = Console(stderr=True)
-    model, tokenizer = load_model(config.model, dtype=device.inference_dtype, device=device.name), load_tokenizer(config.model)
+    model, tokenizer = load_model(config.model, dtype=inference_dtype(device), device=device), load_tokenizer(config.model)
     console.print(
         f"[bold]{escape(config.model)}[/]: {len(model.config.mixer_layers)} mixer and {len(model.config.attention_layers)} "
-        f"attention layers on {device.name}; {config.samples} samples of at most {config.max_new_tokens} tokens"
+        f"attention layers on {device}; {config.samples} samples of at most {config.max_new_tokens} tokens"
     )
     engine = Engine(model, tokenizer)
     params = SamplingParams(

@@ -51,7 +51,8 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
         if state is not None:
-            key_pages, value_pages = state.key_pages[self.layer], state.value_pages[self.layer]
+            key_pages, value_pages = state.of_attention(self.layer)
+            assert layout.kv_slots is not None and layout.block_tables is not None and layout.context_lens is not None
             write_kv(k, v, key_pages, value_pages, layout.kv_slots)
             if layout.has_context:
                 return paged_attention(

@@ -7,7 +7,8 @@ name, never approximated.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -38,15 +39,15 @@ class M1Config(PreTrainedConfig):
     """
 
     model_type = "m1"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads it as is)
 
     vocab_size: int = 32000
     hidden_size: int = 1024
     intermediate_size: int = 2816
     num_hidden_layers: int = 4
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0  # 0: as many as attention heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
@@ -64,27 +65,27 @@ class M1Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     base_model_type: str | None = None
 
-    layer_types: list[str] | None = None
+    layer_types: list[str] = field(default_factory=list)  # none: full attention everywhere
     mixer: str = "mamba1"
-    d_state: int | None = None
+    d_state: int = 0  # 0: 16 for mamba1, head_dim for mamba2
     d_conv: int = 4
-    dt_rank: int | None = None
-    conv_activation: str | None = "silu"
+    dt_rank: int = 0  # 0: ceil(hidden_size / 16)
+    conv_activation: Literal["silu"] | None = "silu"
     repeat_kv_before_conv: bool = True
     mixer_bias: bool = False
     mixer_rope: bool = False
     output_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
+        if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if not self.head_dim:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.layer_types is None:
+        if not self.layer_types:
             self.layer_types = [FULL_ATTENTION] * self.num_hidden_layers
-        if self.d_state is None:
+        if not self.d_state:
             self.d_state = 16 if self.mixer == "mamba1" else self.head_dim
-        if self.dt_rank is None:
+        if not self.dt_rank:
             self.dt_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
         self._validate()
@@ -95,7 +96,7 @@ class M1Config(PreTrainedConfig):
             raise ValueError(f"config.mixer: expected one of {MIXERS}, got {self.mixer!r}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"config.layer_types: expected {self.num_hidden_layers} entries (num_hidden_layers), got {len(self.layer_types)}"
+                f"config.layer_types: expected {self.num_hidden_layers} entries, a layer each, got {len(self.layer_types)}"
             )
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:

@@ -3,8 +3,8 @@
 Only safetensors and no downloaded code. A checkpoint that does not fit its config is refused: nothing is filled in at random.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -26,9 +26,10 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
     Raises FileNotFoundError for a missing directory, ValueError for an unsupported family or for weights that don't fit.
     """
     config = load_config(source)
-    model, info = M1ForCausalLM.from_pretrained(
+    loaded: Any = M1ForCausalLM.from_pretrained(
         source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
+    model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = sorted(str(key) for key in info[problem])
@@ -67,21 +68,16 @@ def _require_model_source(source: str | Path) -> None:
         raise FileNotFoundError(f"{source}: no such model directory")
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where to compute, and the dtype in which inference is quickest there: bf16 where the hardware multiplies it."""
-
-    name: str
-    inference_dtype: torch.dtype
-
-
-def choose_device(name: str) -> Device:
-    """From "auto", "cpu" or "cuda"; ValueError for a GPU that isn't there."""
+def choose_device(name: str) -> torch.device:
+    """The device that a config names ("auto", "cpu", "cuda"); auto is the GPU if there is one. ValueError if it isn't there."""
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
-        raise ValueError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    if name == "cpu" or not has_gpu:
-        # Where the CPU multiplies bf16 matrices in hardware they are twice as quick; elsewhere bf16 is slower than fp32.
-        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return Device("cpu", torch.bfloat16 if has_units else torch.float32)
-    return Device("cuda", torch.bfloat16)
+        raise ValueError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or install torch for your GPU")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a device computes quickest: bf16 where it multiplies bf16 matrices in hardware, else fp32."""
+    if device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32
+    return torch.bfloat16

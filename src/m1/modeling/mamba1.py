@@ -45,11 +45,12 @@ class Mamba1Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_dynamics(self, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
-        """Fresh convolution, A, D and step sizes: A = -(1..d_state) a channel, D = 1, log-uniform steps (arXiv 2312.00752 §3.6).
+        """Fresh convolution, A, D and step sizes: A = -(1..d_state), D = 1, log-uniform steps (arXiv 2312.00752 §3.6).
 
         Goes through transformers' `init`, which leaves weights alone that `from_pretrained` has just loaded.
         """
         init.uniform_(self.conv1d.weight, -(self.config.d_conv**-0.5), self.config.d_conv**-0.5)
+        assert self.conv1d.bias is not None
         init.zeros_(self.conv1d.bias)
         init.copy_(self.A_log, torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
         init.ones_(self.D)
@@ -82,13 +83,16 @@ class Mamba1Mixer(nn.Module):
 
         Rotation pairs dimension i with i + K/2. So that each narrow head holds whole pairs, of frequencies spread over the
         spectrum, it takes every (K/N)-th pair: its inner product then depends on the distance alone, as attention's does.
+        That holds only where B and C took the same pairs. The scan gives narrow head n of C the group n // (H/G), so rotated
+        heads stand in the order (key/value head, narrow head, query head of the group). M1's own order, kept where nothing is
+        rotated, is (query head, narrow head), which mixes different parts of q and k.
         """
         width = self.config.d_state
         if not self.config.mixer_rope:
             return x.reshape(x.shape[0], -1, width)
-        x = apply_rotary(x, *rotary)
-        x = x.unflatten(-1, (2, width // 2, -1))  # [T, heads, half, pair, narrow head]
-        return x.permute(0, 1, 4, 2, 3).reshape(x.shape[0], -1, width)
+        x = apply_rotary(x, *rotary).unflatten(-1, (2, width // 2, -1)).unflatten(1, (self.config.num_key_value_heads, -1))
+        x = x.permute(0, 1, 5, 2, 3, 4)  # from [T, group, member, half, pair, narrow head]
+        return x.reshape(x.shape[0], -1, width)
 
     def _scan(
         self,
@@ -106,7 +110,7 @@ class Mamba1Mixer(nn.Module):
         if state is None:
             v = causal_conv1d(v, weight, bias, activation=activation, cu_seqlens=layout.cu_seqlens)
             return selective_scan(v.unflatten(-1, (-1, width)), dt, A, B, C, **scan, cu_seqlens=layout.cu_seqlens)
-        windows, states, slots = state.conv_states[self.layer], state.ssm_states[self.layer], layout.slots
+        (windows, states), slots = state.of_mixer(self.layer), layout.slots
         if layout.is_decode:
             v = causal_conv1d_update(v, windows, weight, bias, activation=activation, slots=slots)
             return selective_state_update(states, v.unflatten(-1, (-1, width)), dt, A, B, C, **scan, slots=slots)

@@ -6,6 +6,7 @@ Legend: T flat tokens, H query heads, G key/value heads, P head width, N d_state
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class Mamba2Mixer(nn.Module):
         Goes through transformers' `init`, which leaves weights alone that `from_pretrained` has just loaded.
         """
         init.uniform_(self.conv1d.weight, -(self.config.d_conv**-0.5), self.config.d_conv**-0.5)
+        assert self.conv1d.bias is not None
         init.zeros_(self.conv1d.bias)
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())
         init.ones_(self.D)
@@ -64,17 +66,15 @@ class Mamba2Mixer(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         y = self._scan(v, dt, k, q, layout, state)  # [T, H, P]
         z = z.unflatten(-1, (-1, config.head_dim))
-        if self.norm is None:
-            y = y * nn.functional.silu(z)
-        else:
-            y = gated_rms_norm(y, z, self.norm.weight, self.norm.eps)
-        return self.out_proj(y.flatten(1))
+        if self.norm is not None:
+            return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.norm.eps).flatten(1))
+        return self.out_proj((y * nn.functional.silu(z)).flatten(1))
 
     def _convolve(self, vkq: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
         weight, bias, activation = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.config.conv_activation
         if state is None:
             return causal_conv1d(vkq, weight, bias, activation=activation, cu_seqlens=layout.cu_seqlens)
-        windows, slots = state.conv_states[self.layer], layout.slots
+        windows, slots = state.of_mixer(self.layer)[0], layout.slots
         if layout.is_decode:
             return causal_conv1d_update(vkq, windows, weight, bias, activation=activation, slots=slots)
         vkq, window = causal_conv1d(
@@ -91,10 +91,10 @@ class Mamba2Mixer(nn.Module):
 
     def _scan(self, v: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
         A = -self.A_log.float().exp()
-        scan = {"D": self.D.float(), "dt_bias": self.dt_bias.float()}
+        scan: dict[str, Any] = {"D": self.D.float(), "dt_bias": self.dt_bias.float()}
         if state is None:
             return ssd_scan(v, dt, A, B, C, **scan, cu_seqlens=layout.cu_seqlens)
-        states, slots = state.ssm_states[self.layer], layout.slots
+        states, slots = state.of_mixer(self.layer)[1], layout.slots
         if layout.is_decode:
             return ssd_state_update(states, v, dt, A, B, C, **scan, slots=slots)
         y, final = ssd_scan(

@@ -136,6 +136,18 @@ class ModelState:
         """Bytes of one page of keys and values over all attention layers."""
         return len(config.attention_layers) * 2 * page_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
+    def of_mixer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(convolution windows, SSM states) of a mixer layer, all slots."""
+        windows, states = self.conv_states[layer], self.ssm_states[layer]
+        assert windows is not None and states is not None, f"layer {layer} is attention"
+        return windows, states
+
+    def of_attention(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(key pages, value pages) of an attention layer."""
+        keys, values = self.key_pages[layer], self.value_pages[layer]
+        assert keys is not None and values is not None, f"layer {layer} is a mixer"
+        return keys, values
+
     def _slot_tensors(self) -> list[Tensor]:
         return [t for t in (*self.conv_states, *self.ssm_states) if t is not None]
 

@@ -1,0 +1,235 @@
+"""`m1 quickstart`: convert, align, distil, fine-tune, reinforce, vote; measured before and after each stage.
+
+The order of things and what is measured when; the numbers are in recipe.py, the page in page.py.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from m1.backends import engine_backend
+from m1.config import QuickstartConfig
+from m1.conversion.convert import choose_attention_layers, convert, import_base
+from m1.engine.llm import Engine
+from m1.engine.sampling_params import SamplingParams
+from m1.evaluation.runner import evaluate, read_records
+from m1.modeling import M1ForCausalLM
+from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
+from m1.quickstart.findings import Findings, accuracy_line, describe_device, summary_table
+from m1.quickstart.page import write_page
+from m1.quickstart.problems import answers_of, draw_problems, solutions_to, to_prompt
+from m1.quickstart.recipe import Recipe, recipe_for
+from m1.reasoning.verify import Verifier
+from m1.reasoning.voting import majority_vote
+from m1.storage import GIB, git_revision, new_directory, require_disk, require_memory, write_json, write_run_record
+from m1.training.align import align
+from m1.training.distill import compare, distill
+from m1.training.grpo import grpo
+from m1.training.loop import TrainResult
+from m1.training.packing import Document
+from m1.training.sft import sft
+
+NEEDED_MEMORY = 6 * GIB
+NEEDED_DISK = 2 * GIB
+
+
+def run(config: QuickstartConfig) -> None:
+    """The command. Raises FileExistsError if a finished quickstart stands in `out`, unless told to overwrite it."""
+    out = Path(config.out)
+    if (out / "report.html").exists() and not config.overwrite:
+        raise FileExistsError(
+            f"{out / 'report.html'} is there already: open it, or start anew with --overwrite or another --out"
+        )
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; give another --out")
+    require_memory(NEEDED_MEMORY, "m1 quickstart")
+    require_disk(out, NEEDED_DISK, "m1 quickstart")
+    Quickstart(config, out).run()
+
+
+class Quickstart:
+    """One run: its models, its problems, its findings."""
+
+    def __init__(self, config: QuickstartConfig, out: Path, recipe: Recipe | None = None) -> None:
+        self.config, self.out, self.console = config, out, Console()
+        self.device = choose_device(config.device)
+        self.dtype = inference_dtype(self.device)
+        precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        self.recipe = recipe or recipe_for(self.device.type, precision, config.seed)
+        self.findings = Findings()
+        self.start = time.perf_counter()
+
+    def run(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.prepare()
+        hybrid = self.make_hybrid()
+        transformer = load_model(self.out / "base", dtype=torch.float32, device=self.device)
+        for name, model in (("Transformer", transformer), ("hybrid", hybrid)):
+            self.fine_tune(name, model)
+        self.show_vote()
+        for name, model in (("transformer", transformer), ("hybrid", hybrid)):
+            self.save(model, name)
+        self.finish()
+
+    # What the stages need
+
+    def prepare(self) -> None:
+        """Base model, problems, and the Transformer's own answers to some of them."""
+        recipe, seed = self.recipe, self.config.seed
+        with self.stage("load the Transformer and draw problems"):
+            for name in ("base", "records"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+            import_base(self.config.base, self.out / "base")
+            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.out / "base", needs_chat_template=True)
+            self.teacher: M1ForCausalLM = load_model(self.out / "base", dtype=self.dtype, device=self.device).requires_grad_(
+                False
+            )
+            self.train_problems, self.heldout = draw_problems(recipe, seed)
+            self.say(f"a problem: {self.heldout[0].problem!r}, answer {self.heldout[0].answer}")
+        with self.stage("let the Transformer answer, for the hybrid to learn from"):
+            params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_new_tokens, seed=seed)
+            engine = Engine(self.teacher, self.tokenizer)
+            problems = self.train_problems[: recipe.num_teacher_problems]
+            self.documents: list[Document] = answers_of(engine, problems, self.tokenizer, params)
+            self.heldout_documents: list[Document] = answers_of(engine, self.heldout, self.tokenizer, params)
+        self.measure_accuracy("Transformer", "base", self.teacher)
+
+    # The stages
+
+    def make_hybrid(self) -> M1ForCausalLM:
+        """Convert, align and distil, with KL and agreement to the Transformer after each."""
+        recipe = self.recipe
+        kept = choose_attention_layers(self.teacher.config.num_hidden_layers, recipe.attention_fraction)
+        with self.stage("convert"):
+            hybrid = convert(
+                self.teacher,
+                attention_layers=kept,
+                mixer=recipe.mixer,
+                start="improved",
+                calibration=[document.token_ids.tolist() for document in self.documents[:32]],
+                seed=self.config.seed,
+            ).to(self.device)
+            self.say(f"{len(hybrid.config.mixer_layers)} of {hybrid.config.num_hidden_layers} layers are {recipe.mixer} now")
+        self.findings.setting |= {"attention_layers": kept, "mixer": recipe.mixer, "layers": hybrid.config.num_hidden_layers}
+        self.measure_similarity("converted", hybrid)
+        with self.stage("align"):
+            self.keep_curve("align", align(hybrid, self.teacher, self.documents, recipe.align))
+        self.measure_similarity("aligned", hybrid)
+        with self.stage("distil"):
+            self.keep_curve("distil", distill(hybrid, self.teacher, self.documents, recipe.distill))
+        self.measure_similarity("distilled", hybrid)
+        self.measure_accuracy("hybrid", "base", hybrid)
+        return hybrid
+
+    def fine_tune(self, name: str, model: M1ForCausalLM) -> None:
+        """SFT and GRPO, the same for both models."""
+        solutions = solutions_to(self.train_problems, self.tokenizer)
+        with self.stage(f"fine-tune the {name} (SFT)"):
+            self.keep_curve(f"SFT, {name}", sft(model, solutions, self.recipe.sft))
+        self.measure_accuracy(name, "SFT", model)
+        with self.stage(f"reinforce the {name} (GRPO)"):
+            result = grpo(model, self.tokenizer, self.train_problems, self.recipe.grpo)
+            self.keep_curve(f"GRPO, {name}", result)
+        self.measure_accuracy(name, "GRPO", model)
+
+    def show_vote(self) -> None:
+        """One held-out problem, looked at closely: the hybrid's answers and what the vote made of them.
+
+        The problem is the one on which the samples disagree most while the vote is right, if there is any.
+        """
+        _, records = read_records(self.records_path("hybrid", "GRPO"))
+        with Verifier() as verifier:
+            votes = [majority_vote([sample["answer"] for sample in record["samples"]], verifier.are_same) for record in records]
+            is_right = [verifier.check(record["gold"], vote.answer) for record, vote in zip(records, votes, strict=True)]
+        order = sorted(range(len(records)), key=lambda i: (not is_right[i], votes[i].share))
+        chosen, vote = records[order[0]], votes[order[0]]
+        problem = next(problem for problem in self.heldout if problem.id == chosen["id"])
+        self.findings.vote = {
+            "problem": problem.problem,
+            "gold": problem.answer,
+            "answers": [sample["answer"] for sample in chosen["samples"]],
+            "winner": vote.answer,
+            "share": vote.share,
+            "is_right": is_right[order[0]],
+            "solution": chosen["samples"][vote.winner_index or 0]["text"],
+        }
+        answers = ", ".join(str(answer) for answer in self.findings.vote["answers"])
+        self.say(f"a vote of the hybrid: {problem.problem!r}: {answers} -> {vote.answer} (right is {problem.answer})")
+
+    # Measuring, and saying so
+
+    def measure_similarity(self, stage: str, hybrid: M1ForCausalLM) -> None:
+        found = compare(hybrid, self.teacher, self.heldout_documents, precision=self.recipe.distill.precision)
+        self.findings.similarity[stage] = found
+        self.say(f"held-out tokens: KL to the Transformer {found['kl']:.3f}, same next token {found['agreement']:.1%}")
+
+    def measure_accuracy(self, name: str, stage: str, model: M1ForCausalLM) -> None:
+        recipe = self.recipe
+        engine = Engine(model.eval(), self.tokenizer, dtype=self.dtype)
+        params = {"temperature": recipe.temperature, "max_tokens": recipe.max_new_tokens, "seed": self.config.seed}
+        path = self.records_path(name, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        summary = evaluate(
+            self.heldout,
+            engine_backend(engine),
+            num_samples=recipe.num_samples,
+            params=params,
+            records_path=path,
+            to_prompt=to_prompt,
+            batch_size=len(self.heldout),
+        )
+        summary["tokens_per_second"] = engine.metrics.tokens_per_second
+        self.findings.accuracy.setdefault(name, {})[stage] = summary
+        self.say(accuracy_line(name, stage, summary))
+
+    def records_path(self, name: str, stage: str) -> Path:
+        return self.out / "records" / f"{name}-{stage}.jsonl"
+
+    def keep_curve(self, stage: str, result: TrainResult) -> None:
+        self.findings.curves[stage] = result.metrics
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        began = time.perf_counter()
+        self.console.print(f"[bold]{title}[/]  [dim]({began - self.start:.0f} s)[/]")
+        yield
+        self.findings.seconds[title] = round(time.perf_counter() - began, 2)
+
+    def say(self, line: str) -> None:
+        self.console.print(f"  {line}", highlight=False, markup=False)
+
+    # The end
+
+    def save(self, model: M1ForCausalLM, name: str) -> None:
+        """Write a model as a checkpoint directory, in bfloat16."""
+        with new_directory(self.out / name, overwrite=True) as path:
+            model.bfloat16().save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+            write_run_record(path, "quickstart", dataclasses.asdict(self.config), recipe=dataclasses.asdict(self.recipe))
+
+    def finish(self) -> None:
+        """results.json, report.html, and what to do next."""
+        found = self.findings
+        found.setting |= {
+            "base": self.config.base,
+            "device": describe_device(self.device),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "recipe": dataclasses.asdict(self.recipe),
+            "revision": git_revision(),
+        }
+        write_json(self.out / "results.json", dataclasses.asdict(found))
+        write_page(found, self.out / "report.html")
+        self.console.print(summary_table(found))
+        self.console.print(f"[bold]Done in {found.setting['seconds']:.0f} s.[/] The report: {self.out / 'report.html'}")
+        problem = self.heldout[0].problem
+        self.console.print(
+            f"Next: m1 solve {problem!r} --model {self.out / 'hybrid'} --suffix '' --max-new-tokens 24", markup=False
+        )
