@@ -23,7 +23,7 @@ def varlen_attention(
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
     left = -1 if window is None or window >= max_seqlen else window - 1
-    return varlen_attn(
+    attended = varlen_attn(
         q,
         k,
         v,
@@ -35,6 +35,8 @@ def varlen_attention(
         window_size=(left, 0),
         **_grouped_queries(q.shape[1] != k.shape[1]),
     )
+    assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return attended
 
 
 @functools.cache
