@@ -10,7 +10,8 @@ from tests.training.tiny import byte_tokenizer
 
 FORGETFUL = (  # leaves the thoughts of earlier turns out, as reasoning models' templates do
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] if loop.last or m['role'] != 'assistant' else m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{{ m['content'] if loop.last or m['role'] != 'assistant' else m['content'].split('</think>')[-1] }}"
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -96,9 +97,9 @@ def test_mistakes_are_named():
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(ValueError, match="row 1: 'messages' need a chat template"):
         documents([row], byte_tokenizer(chat_template=None))
-    with pytest.raises(ValueError, match="row 2: .*refuses.*no tools"):
-        template = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
-        tool = {"messages": [*row["messages"], {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    template = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    tool = {"messages": [*row["messages"], {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    with pytest.raises(ValueError, match=r"row 2: .*refuses.*no tools"):
         documents([row, tool], byte_tokenizer(template))
     with pytest.raises(ValueError, match="generation prompt"):
         documents(

@@ -1,5 +1,7 @@
 """Groups, frozen sets, schedule and clipping."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -72,7 +74,7 @@ def test_schedule():
     assert factors[10] == pytest.approx(1.0)
     assert factors[60] == pytest.approx(0.55)
     assert factors[110] == factors[111] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[10:110], factors[11:111]))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:111]))
     assert learning_rate_factor(0, TrainConfig(steps=1, warmup_steps=0)) == 1.0
 
 

@@ -54,9 +54,9 @@ class PackedBatch:
         if device.type == self.input_ids.device.type:
             return self
         layout = replace(
-            self.layout, cu_seqlens=_move(self.layout.cu_seqlens, device), positions=_move(self.layout.positions, device)
+            self.layout, cu_seqlens=move(self.layout.cu_seqlens, device), positions=move(self.layout.positions, device)
         )
-        moved = [_move(t, device) for t in (self.input_ids, self.target_positions, self.targets)]
+        moved = [move(t, device) for t in (self.input_ids, self.target_positions, self.targets)]
         return PackedBatch(moved[0], layout, moved[1], moved[2])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -64,7 +64,10 @@ class PackedBatch:
         return {"input_ids": self.input_ids, "cu_seqlens": self.layout.cu_seqlens, "target_positions": self.target_positions}
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, sent without waiting; as it is if it is there."""
+    if tensor.device.type == device.type:
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -3,12 +3,13 @@
 Legend: N sampled tokens, V vocabulary, R rows of a block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from m1.training.losses import log_softmax_and_entropy, subtract_at
+from m1.training.packing import move
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class PolicyTokens:
     sampler_log_probs: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+
+    def to(self, device: torch.device) -> "PolicyTokens":
+        moved = {name: move(tensor, device) for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **moved)
 
 
 class PolicyLoss:

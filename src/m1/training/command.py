@@ -1,0 +1,116 @@
+"""What the commands align, distill, sft and grpo have in common around their training: checks, words, and the export."""
+
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from m1.config import TrainConfig, require
+from m1.modeling import M1Config, M1ForCausalLM
+from m1.modeling.loading import choose_device, load_config, load_model, load_tokenizer
+from m1.storage import GIB, require_disk, require_memory
+from m1.training.checkpoint import checkpoint_bytes
+from m1.training.data import make_documents
+from m1.training.loop import TrainResult
+from m1.training.optimizer import select_trainable
+from m1.training.packing import Document
+from m1.training.run_directory import RunDirectory
+from m1.training.sources import read_rows
+
+Data = TypeVar("Data")
+
+
+def run_training(
+    command: str,
+    config: TrainConfig,
+    *,
+    read_data: Callable[[PreTrainedTokenizerBase], tuple[Data, str]],
+    train: Callable[[M1ForCausalLM, PreTrainedTokenizerBase, Data, RunDirectory], TrainResult],
+    frozen: Collection[str],
+    extra_bytes: int = 0,
+    next_command: str,
+) -> None:
+    """Run a training command from its config to the model in `config.out`, or say that this is done already.
+
+    `read_data` gives the data and a few words on it; `train` is the stage's in-memory function. `extra_bytes`: memory that
+    the stage needs beside the model (a teacher). Nothing is written before model, data, memory and disk are found good.
+    """
+    require(config, "model", "out")
+    _check_numbers(config)
+    directory = RunDirectory(command, config)
+    if directory.is_finished:
+        print(f"{directory.path} is finished already: a trained model. Next: {next_command.format(out=config.out)}")
+        return
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    data, words_on_data = read_data(tokenizer)
+    _require_training_memory(load_config(config.model), config, device, extra_bytes)
+    model = load_model(config.model, dtype=torch.float32, device=device)
+    select_trainable(model, frozen)
+    num_all, num_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (False, True))
+    require_disk(
+        directory.path,
+        checkpoint_bytes(model) * (config.keep_checkpoints + 1) + num_all * getattr(torch, config.dtype).itemsize,
+        f"m1 {command}",
+    )
+    layers = model.config
+    print(f"m1 {command}: {config.model}, {layers.num_hidden_layers} layers of which {len(layers.attention_layers)} attention")
+    print(f"  trains {num_trained / 1e6:.1f}M of {num_all / 1e6:.1f}M parameters on {device}, in {config.precision}")
+    print(f"  data: {words_on_data}")
+    print(f"  {config.steps} steps, metrics in {directory.metrics}; Ctrl-C and the same command go on later", flush=True)
+    directory.create()
+    result = train(model, tokenizer, data, directory)
+    directory.export(model, tokenizer, metrics=result.last, tokens=result.tokens, seconds=round(result.seconds, 1))
+    print(f"The model is in {directory.path}. Next: {next_command.format(out=config.out)}")
+
+
+def read_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> tuple[list[Document], str]:
+    """The documents of `config.data`, and what to say of them."""
+    rows = read_rows(config.data, num_problems=config.num_problems, seed=config.seed)
+    documents = make_documents(rows, tokenizer, max_length=config.max_length, loss_on=loss_on, suffix=config.suffix)
+    tokens = sum(len(document.token_ids) for document in documents)
+    targets = sum(document.num_targets for document in documents)
+    epochs = config.steps * config.tokens_per_step / tokens
+    return documents, (
+        f"{len(documents):,} documents from {len(rows):,} rows, {tokens:,} tokens, {targets:,} of them targets; "
+        f"{config.steps * config.tokens_per_step:,} tokens are {epochs:.2g} epochs"
+    )
+
+
+def parameter_bytes(config: M1Config, itemsize: int) -> int:
+    """Size of a model of this shape, without loading it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in M1ForCausalLM(config).parameters()) * itemsize
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name in ("steps", "tokens_per_step", "tokens_per_batch", "max_length", "checkpoint_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+    if config.max_length > config.tokens_per_batch:
+        raise ValueError(
+            f"--max-length {config.max_length} does not fit into --tokens-per-batch {config.tokens_per_batch}: "
+            "lower the one or raise the other"
+        )
+
+
+def _require_training_memory(model: M1Config, config: TrainConfig, device: torch.device, extra_bytes: int) -> None:
+    """Compare what training needs with what is free: fp32 weights, gradients and two averages, and activations.
+
+    Activations are estimated as 16 hidden and 4 intermediate vectors a token and layer, or with gradient checkpointing one
+    hidden vector a layer and one layer's whole. Raises MemoryError.
+    """
+    width = 16 * model.hidden_size + 4 * model.intermediate_size
+    vectors = model.hidden_size * model.num_hidden_layers + width
+    if not config.gradient_checkpointing:
+        vectors = width * model.num_hidden_layers
+    itemsize = 2 if config.precision == "bfloat16" else 4
+    needed = parameter_bytes(model, 16) + extra_bytes + config.tokens_per_batch * vectors * itemsize
+    purpose = f"training {config.model} (lower --tokens-per-batch, or add --gradient-checkpointing)"
+    if device.type == "cpu":
+        require_memory(needed, purpose)
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed:
+        raise MemoryError(f"{purpose} needs about {needed / GIB:.1f} GiB on the GPU, {free / GIB:.1f} GiB are free")

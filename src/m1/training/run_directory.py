@@ -1,0 +1,90 @@
+"""The directory of a run, from its first step to the model that it becomes.
+
+run.json         command and resolved config, written first: running again must fit it
+metrics.jsonl    one line a step
+checkpoints/     step-N, the newest few
+config.json, model.safetensors, tokenizer files, m1_run.json    at the end: the directory is then a model
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from m1.config import TrainConfig
+from m1.modeling import M1ForCausalLM
+from m1.storage import RUN_RECORD, new_directory, require_disk, write_json, write_run_record
+
+RUN_CONFIG = "run.json"
+MODEL_CONFIG = "config.json"
+# What may change between the start of a run and its resumption: none of it changes the result.
+_FREE_TO_CHANGE = ("out", "device", "checkpoint_every", "keep_checkpoints", "log_every")
+
+
+class RunDirectory:
+    """The `out` directory of one training command.
+
+    Looking at it changes nothing; `create` makes it, once every input has been found good. Raises FileExistsError for a
+    directory with something else in it, ValueError naming the keys in which a run there differs from `config`.
+    """
+
+    def __init__(self, command: str, config: TrainConfig) -> None:
+        self.path, self.command, self.config = Path(config.out), command, config
+        self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file; give another --out")
+        self.is_begun = (self.path / RUN_CONFIG).is_file()
+        if self.is_begun:
+            self._require_same_run()
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise FileExistsError(f"{self.path} exists and holds no run of `m1 {command}`; give another --out")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / MODEL_CONFIG).is_file() and (self.path / RUN_RECORD).is_file()
+
+    def create(self) -> None:
+        """Make the directory, or go on with the one that is there."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not self.is_begun:
+            write_json(self.path / RUN_CONFIG, {"command": self.command, "config": _plain(self.config)})
+            self.is_begun = True
+
+    def export(self, model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
+        """Turn the directory into a Hugging Face model: weights in the config's dtype, tokenizer, and `m1_run.json`.
+
+        config.json, without which nothing is taken for a model, arrives last. Raises OSError for a full disk.
+        """
+        dtype = getattr(torch, self.config.dtype)
+        require_disk(self.path, sum(p.numel() * dtype.itemsize for p in model.parameters()), "the trained model")
+        with new_directory(self.path / "export", overwrite=True) as new:
+            state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+            model.save_pretrained(new, state_dict=state)
+            written = json.loads((new / MODEL_CONFIG).read_text(encoding="utf-8"))
+            write_json(new / MODEL_CONFIG, written | {"dtype": self.config.dtype})  # save_pretrained names the masters' dtype
+            tokenizer.save_pretrained(new)
+            write_run_record(new, self.command, _plain(self.config), **facts)
+        export = self.path / "export"
+        for file in sorted(export.iterdir(), key=lambda file: (file.name == MODEL_CONFIG, file.name)):
+            file.replace(self.path / file.name)
+        export.rmdir()
+
+    def _require_same_run(self) -> None:
+        begun = json.loads((self.path / RUN_CONFIG).read_text(encoding="utf-8"))
+        if begun["command"] != self.command:
+            raise ValueError(f"{self.path} is a run of `m1 {begun['command']}`, not of `m1 {self.command}`; give another --out")
+        before, now = begun["config"], _plain(self.config)
+        for key in sorted((before.keys() | now.keys()) - set(_FREE_TO_CHANGE)):
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{self.path} was begun with {key} = {before.get(key)!r}, not {now.get(key)!r}: "
+                    "give the same to go on, or another --out to start anew"
+                )
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as it is after it was written as JSON and read."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

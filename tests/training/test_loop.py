@@ -1,0 +1,351 @@
+"""The loop: accumulation, resumption after anything, divergence, and the model at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m1.config import SFTConfig
+from m1.modeling.loading import load_model, load_tokenizer
+from m1.storage import read_run_record
+from m1.training import checkpoint
+from m1.training.checkpoint import list_checkpoints
+from m1.training.loop import Step, TrainingDivergedError, _accumulate, train
+from m1.training.metrics import read_metrics
+from m1.training.optimizer import select_trainable
+from m1.training.packing import pack
+from m1.training.run_directory import RunDirectory
+from m1.training.sft import SFTStage
+from tests.numerics import REL_RMS, rel_rms
+from tests.training import tiny
+
+
+def make_config(out="", **fields):
+    defaults = {
+        "steps": 6,
+        "tokens_per_step": 60,
+        "tokens_per_batch": 30,
+        "max_length": 30,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "precision": "float32",
+        "checkpoint_every": 2,
+        "dtype": "float32",
+    }
+    return SFTConfig(out=str(out), **defaults | fields)
+
+
+class InterruptedStage(SFTStage):
+    """Fails in whatever way `failure` does, when step `at` is drawn."""
+
+    def __init__(self, model, config, at=None, failure=None):
+        super().__init__(model, tiny.documents(20), config)
+        self.at, self.failure = at, failure
+
+    def draw(self, step):
+        if step == self.at:
+            self.failure()
+        return super().draw(step)
+
+
+def run(out, *, at=None, failure=None, **fields):
+    """One process's attempt at a run of 6 steps: the trained model."""
+    config = make_config(out, **fields)
+    model = tiny.model()
+    select_trainable(model, ["embeddings"])
+    directory = RunDirectory("sft", config)
+    directory.create()
+    train(model, InterruptedStage(model, config, at, failure), config, directory=directory, progress=False)
+    return model
+
+
+def fail():
+    raise RuntimeError("lost")
+
+
+def assert_equal(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def metrics(out):
+    timing = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    model = run(out)
+    return model, metrics(out)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_accumulated_gradient_is_the_large_batchs(precision):
+    model, documents = tiny.model(), tiny.documents(9)
+    config = make_config(precision=precision)
+    stage = SFTStage(model, documents, config)
+    whole, norm = _accumulate(model, stage, [pack(documents)], config)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    parts = [pack(documents[:1]), pack(documents[1:7]), pack(documents[7:])]
+    assert len({part.num_targets for part in parts}) == 3
+    sums, norm_of_parts = _accumulate(model, stage, parts, config)
+    tolerance = REL_RMS[getattr(torch, precision)]
+    for name, parameter in model.named_parameters():
+        assert rel_rms(parameter.grad, expected[name]) < tolerance, name
+    assert sums["loss"] == pytest.approx(whole["loss"], rel=tolerance)
+    assert norm_of_parts == pytest.approx(norm, rel=tolerance)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in expected.values()]).norm().item(), rel=1e-5)
+
+
+def test_metrics_have_a_line_a_step(uninterrupted, tmp_path):
+    model, records = uninterrupted
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "lr", "grad_norm", "tokens", "targets"} <= record.keys() for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+    run(tmp_path / "other", log_every=4)
+    assert [record["step"] for record in metrics(tmp_path / "other")] == [1, 5, 6]
+
+
+def test_frozen_parameters_stay(uninterrupted):
+    model, start = uninterrupted[0], tiny.model()
+    assert torch.equal(model.lm_head.weight, start.lm_head.weight)
+    assert not torch.equal(model.model.layers[0].mixer.in_proj.weight, start.model.layers[0].mixer.in_proj.weight)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_resumed_is_uninterrupted(tmp_path, uninterrupted, at):
+    with pytest.raises(RuntimeError, match="lost"):
+        run(tmp_path / "out", at=at, failure=fail)
+    assert_equal(run(tmp_path / "out"), uninterrupted[0])
+    assert metrics(tmp_path / "out") == uninterrupted[1]
+
+
+def test_interruption_saves_the_running_step(tmp_path, uninterrupted):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", at=2, failure=lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert [path.name for path in list_checkpoints(tmp_path / "out" / "checkpoints")] == ["step-00000003", "step-00000002"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_equal(run(tmp_path / "out"), uninterrupted[0])
+    assert metrics(tmp_path / "out") == uninterrupted[1]
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+from m1.training import checkpoint
+from tests.training.test_loop import run
+saved = []
+real = checkpoint.save_file
+def save_file(tensors, path):
+    real(tensors, path)
+    saved.append(path)
+    if len(saved) == 4:  # the second file of the second checkpoint
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = save_file
+run(Path(sys.argv[1]))
+"""
+
+
+def test_resumed_after_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(out)], env=environment, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-00000002"]
+    assert len(list((out / "checkpoints").iterdir())) == 2  # the half-written one is there, under another name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(run(out), uninterrupted[0])
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    assert metrics(out) == uninterrupted[1]
+
+
+def truncate(path):
+    (path / "parameters.safetensors").write_bytes((path / "parameters.safetensors").read_bytes()[:-7])
+
+
+def flip_a_bit(path):
+    content = bytearray((path / "optimizer.safetensors").read_bytes())
+    content[-9] ^= 4
+    (path / "optimizer.safetensors").write_bytes(content)
+
+
+def change_the_state(path):
+    (path / "state.json").write_text((path / "state.json").read_text().replace('"step": 4', '"step": 3'))
+
+
+def cut_the_state(path):
+    (path / "state.json").write_text((path / "state.json").read_text()[:40])
+
+
+def remove_a_file(path):
+    (path / "optimizer.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, change_the_state, cut_the_state, remove_a_file])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, uninterrupted, damage):
+    with pytest.raises(RuntimeError, match="lost"):
+        run(tmp_path / "out", at=5, failure=fail)
+    newest, before = list_checkpoints(tmp_path / "out" / "checkpoints")
+    assert (newest.name, before.name) == ("step-00000004", "step-00000002")
+    damage(newest)
+    with pytest.warns(UserWarning, match=r"step-00000004 is damaged .*going back"):
+        model = run(tmp_path / "out")
+    assert_equal(model, uninterrupted[0])
+    assert metrics(tmp_path / "out") == uninterrupted[1]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, uninterrupted, monkeypatch):
+    real, saves = checkpoint.save_file, []
+
+    def save_file(tensors, path):
+        saves.append(path)
+        if len(saves) == 4:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert_equal(run(tmp_path / "out"), uninterrupted[0])
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path / "out", checkpoint_every=1, keep_checkpoints=3)
+    names = [path.name for path in list_checkpoints(tmp_path / "out" / "checkpoints")]
+    assert names == ["step-00000006", "step-00000005", "step-00000004"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run(tmp_path / "out", steps=2)
+    model, config = tiny.model(intermediate_size=64), make_config(tmp_path / "out", steps=2)
+    select_trainable(model, ["embeddings"])
+    with pytest.raises(ValueError, match=r"another model.*6 parameters differ, such as model\.layers\.0\.mlp"):
+        train(model, SFTStage(model, tiny.documents(20), config), config, directory=RunDirectory("sft", config))
+
+
+@pytest.mark.parametrize("has_directory", [True, False])
+def test_a_loss_that_is_not_finite_stops_with_everything_intact(tmp_path, has_directory):
+    class Poisoned(InterruptedStage):
+        def draw(self, step):
+            self.step = step
+            return super().draw(step)
+
+        def backward(self, batch, num_targets):
+            sums = super().backward(batch, num_targets)
+            return sums if self.step < 3 else {"loss": sums["loss"] * float("nan")}
+
+    config = make_config(tmp_path / "out")
+    model = tiny.model()
+    directory = RunDirectory("sft", config) if has_directory else None
+    if directory:
+        directory.create()
+    with pytest.raises(TrainingDivergedError, match=r"step 4: the loss is nan"):
+        train(model, Poisoned(model, config), config, directory=directory, progress=False)
+    before = tiny.model()  # stopped by something else, at the same step
+    with pytest.raises(RuntimeError, match="lost"):
+        train(before, InterruptedStage(before, config, 3, fail), make_config(), progress=False)
+    assert_equal(model, before)
+    if directory:
+        saved = load_file(tmp_path / "out" / "diverged-step-00000004.safetensors")
+        assert {"0.input_ids", "0.cu_seqlens", "1.input_ids"} <= saved.keys()
+        assert [path.name for path in list_checkpoints(directory.checkpoints)] == ["step-00000002"]
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    class Poisoned(InterruptedStage):
+        def backward(self, batch, num_targets):
+            sums = super().backward(batch, num_targets)
+            self.model.model.norm.weight.grad[3] = float("inf")
+            return sums
+
+    model, config = tiny.model(), make_config()
+    with pytest.raises(TrainingDivergedError, match="the gradient norm inf"):
+        train(model, Poisoned(model, config), config, progress=False)
+    assert_equal(model, tiny.model())
+
+
+def test_gradient_checkpointing_changes_nothing(uninterrupted, tmp_path):
+    assert_equal(run(tmp_path / "out", gradient_checkpointing=True), uninterrupted[0])
+
+
+def test_a_step_without_updates_is_logged_and_changes_nothing():
+    class Empty(InterruptedStage):
+        def draw(self, step):
+            return Step([], {"reward": 0.0})
+
+    model, config = tiny.model(), make_config(steps=2)
+    result = train(model, Empty(model, config), config, progress=False)
+    assert [record["reward"] for record in result.metrics] == [0.0, 0.0]
+    assert_equal(model, tiny.model())
+
+
+def test_the_run_becomes_a_model(tmp_path, uninterrupted):
+    config = make_config(tmp_path / "out", model="base")
+    directory = RunDirectory("sft", config)
+    assert not directory.is_finished
+    directory.create()
+    model = uninterrupted[0]
+    directory.export(model, tiny.byte_tokenizer(), metrics={"loss": 1.5})
+    assert directory.is_finished
+    assert RunDirectory("sft", config).is_finished
+    assert_equal(load_model(tmp_path / "out"), model)
+    assert load_tokenizer(tmp_path / "out", needs_chat_template=True).eos_token_id == 0
+    record = read_run_record(tmp_path / "out")
+    assert (record["command"], record["metrics"], record["config"]["steps"]) == ("sft", {"loss": 1.5}, 6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith((".", "export"))]
+
+
+def test_written_weights_have_the_dtype_asked_for(tmp_path):
+    config, model = make_config(tmp_path / "out", dtype="bfloat16"), tiny.model()
+    RunDirectory("sft", config).create()
+    RunDirectory("sft", config).export(model, tiny.byte_tokenizer())
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert model.config.dtype == tiny.model().config.dtype
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_a_failed_export_leaves_nothing_that_looks_like_a_model(tmp_path, monkeypatch):
+    config = make_config(tmp_path / "out")
+    directory = RunDirectory("sft", config)
+    directory.create()
+
+    def write_run_record(*arguments, **facts):
+        raise OSError("disk")
+
+    monkeypatch.setattr("m1.training.run_directory.write_run_record", write_run_record)
+    with pytest.raises(OSError, match="disk"):
+        directory.export(tiny.model(), tiny.byte_tokenizer())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "run.json"]
+    assert not directory.is_finished
+
+
+def test_a_run_is_resumed_with_its_own_config_only(tmp_path):
+    RunDirectory("sft", make_config(tmp_path / "out")).create()
+    RunDirectory("sft", make_config(tmp_path / "out", checkpoint_every=5, device="cpu"))
+    with pytest.raises(ValueError, match=r"begun with learning_rate = 0.01, not 0.02"):
+        RunDirectory("sft", make_config(tmp_path / "out", learning_rate=2e-2))
+    with pytest.raises(ValueError, match="a run of `m1 sft`, not of `m1 grpo`"):
+        RunDirectory("grpo", make_config(tmp_path / "out"))
+    (tmp_path / "other").mkdir()
+    RunDirectory("sft", make_config(tmp_path / "other"))
+    (tmp_path / "other" / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no run"):
+        RunDirectory("sft", make_config(tmp_path / "other"))
+    with pytest.raises(FileExistsError, match="is a file"):
+        RunDirectory("sft", make_config(tmp_path / "other" / "file"))
