@@ -63,10 +63,8 @@ class Mamba1Mixer(nn.Module):
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]. With a state, it goes on from `layout.slots` and leaves the new states there."""
         z, v, k, q, dt = self.in_proj(x).split(self.splits, dim=-1)
-        q = self._state_heads(self.q_norm(q.unflatten(-1, (-1, self.config.head_dim))), rotary)  # C [T, H, N]
-        k = self._state_heads(self.k_norm(k.unflatten(-1, (-1, self.config.head_dim))), rotary)  # B [T, G, N]
-        if self.is_repeated:
-            v = v.unflatten(-1, (self.num_groups, -1)).repeat_interleave(self.num_heads // self.num_groups, dim=1).flatten(1)
+        v, k, q = self.split_heads(v, k, q, rotary)
+        v = (v.repeat_interleave(self.num_heads // self.num_groups, dim=1) if self.is_repeated else v).flatten(1)
         heads = (self.num_heads, self.config.d_state)
         # The bias enters inside the scan, added once and in fp32, beside the softplus.
         dt = nn.functional.linear(dt, self.dt_proj.weight).unflatten(-1, heads)
@@ -77,6 +75,12 @@ class Mamba1Mixer(nn.Module):
         }
         A = -self.A_log.float().exp().view(*heads, -1)
         return self.out_proj(self._scan(v, dt, A, k, q, scan, layout, state).flatten(1))
+
+    def split_heads(self, v: Tensor, k: Tensor, q: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows x, B, C of `in_proj`, [T, d_xb], [T, d_xb], [T, d_inner] -> [T, G, P], [T, G, N], [T, H, N], normed, rotated."""
+        k, q = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (k, q))
+        k, q = self._state_heads(self.k_norm(k), rotary), self._state_heads(self.q_norm(q), rotary)
+        return v.unflatten(-1, (self.num_groups, -1)), k, q
 
     def _state_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[T, heads, K] -> [T, heads * K / N, N], rotated if `mixer_rope`.

@@ -60,15 +60,20 @@ class Mamba2Mixer(nn.Module):
         config = self.config
         z, vkq, dt = self.in_proj(x).split([config.d_inner, sum(self.splits[1:4]), self.num_heads], dim=-1)
         vkq = self._convolve(vkq, layout, state)
-        v, k, q = (t.unflatten(-1, (-1, config.head_dim)) for t in vkq.split(self.splits[1:4], dim=-1))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if config.mixer_rope:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        v, k, q = self.split_heads(*vkq.split(self.splits[1:4], dim=-1), rotary)
         y = self._scan(v, dt, k, q, layout, state)  # [T, H, P]
         z = z.unflatten(-1, (-1, config.head_dim))
         if self.norm is not None:
             return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.norm.eps).flatten(1))
         return self.out_proj((y * nn.functional.silu(z)).flatten(1))
+
+    def split_heads(self, v: Tensor, k: Tensor, q: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolved x, B, C, [T, d_xb], [T, d_xb], [T, d_inner] -> [T, G, P], [T, G, N], [T, H, N], normed and rotated."""
+        v, k, q = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (v, k, q))
+        k, q = self.k_norm(k), self.q_norm(q)
+        if self.config.mixer_rope:
+            k, q = apply_rotary(k, *rotary), apply_rotary(q, *rotary)
+        return v, k, q
 
     def _convolve(self, vkq: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
         weight, bias, activation = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.config.conv_activation
