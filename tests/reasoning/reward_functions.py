@@ -20,7 +20,7 @@ def misbehave(problem, completion):
         "exit": lambda: sys.exit(3),
         "die": lambda: os._exit(3),
         "crash": lambda: ctypes.string_at(0),
-        "eat memory": lambda: len(bytearray(64 << 30)),
+        "eat memory": lambda: len(bytearray(3 << 30)),
         "recurse": lambda: misbehave(problem, completion),
         "return text": lambda: "1.0",
         "return nothing": lambda: None,

@@ -113,7 +113,7 @@ def test_no_benchmark_answer_is_taken_for_explosive(shared_data):
 )
 def test_spelling_is_judged_quickly(piece):
     answer = piece * (LONGEST_NORMALIZED // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     for length in (len(answer), 990, 400):
         assert settle("5", answer[:length]) is not True
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from m1.reasoning.equality import settle
 from m1.reasoning.workers import WorkerPool
 
-TIME_LIMIT = 1.0  # seconds a comparison; honest ones take up to 0.1
+CPU_LIMIT = 1.0  # seconds of processor time a comparison; honest ones take up to 0.15
+_SECONDS_PER_CPU_SECOND = 20  # after so much time on the clock it ends too, however busy the machine is
 MEMORY_LIMIT = 512 << 20  # bytes of address space; math-verify alone takes 60 MB
 _MOST_CACHED = 200_000  # pairs; only those that took algebra are kept
 
@@ -30,14 +31,19 @@ class Verifier:
         with Verifier() as verifier:
             verifier.check(gold="\\frac{1}{2}", answer="0.5")
 
-    No answer, whatever it says, takes longer than `time_limit` seconds or more than `memory_limit` bytes, crashes the
-    caller or raises: what can't be compared within the limits is unequal. Processes start with the first pair that takes
-    algebra and end with the context or the interpreter.
+    No answer, whatever it says, takes more than `cpu_limit` seconds or `memory_limit` bytes, crashes the caller or raises:
+    what can't be compared within the limits is unequal. The limit is of processor time, so that verdicts do not depend on
+    how busy the machine is. Processes start with the first pair that takes algebra and end with the context or the
+    interpreter.
     """
 
-    def __init__(self, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT, num_workers: int | None = None):
+    def __init__(self, *, cpu_limit: float = CPU_LIMIT, memory_limit: int = MEMORY_LIMIT, num_workers: int | None = None):
         self._pool = WorkerPool(
-            "m1.reasoning.symbolic:are_equal", time_limit=time_limit, memory_limit=memory_limit, num_workers=num_workers
+            "m1.reasoning.symbolic:are_equal",
+            time_limit=cpu_limit * _SECONDS_PER_CPU_SECOND,
+            cpu_limit=cpu_limit,
+            memory_limit=memory_limit,
+            num_workers=num_workers,
         )
         self._cache: dict[tuple[str, str], Verdict] = {}
         self._lock = threading.Lock()

@@ -1,6 +1,6 @@
 """The child side of `workers.py`: one process that calls one function, a JSON line of arguments at a time.
 
-    python -m m1.reasoning.worker MODULE:FUNCTION TIME_LIMIT MEMORY_LIMIT
+    python -m m1.reasoning.worker MODULE:FUNCTION TIME_LIMIT CPU_LIMIT MEMORY_LIMIT
 
 Standard input carries one JSON list of arguments a line; the reply is one line, {"value": ...} or {"error": "..."}. The
 first line it writes is {"ready": true}, or {"error": "..."} when the function can't be imported. What the function prints
@@ -21,8 +21,11 @@ _LONGEST_ERROR = 300  # characters; replies must fit the pipe while the parent s
 _GRACE = 1.0  # seconds; within the limit the parent does the killing, and knows why
 
 
-def main(target: str, time_limit: float, memory_limit: int) -> None:
-    """Serve calls of `target` until standard input ends; `time_limit` in seconds a call, `memory_limit` in bytes."""
+def main(target: str, time_limit: float, cpu_limit: float, memory_limit: int) -> None:
+    """Serve calls of `target` until standard input ends.
+
+    A call may take `time_limit` seconds and `cpu_limit` seconds of processor time; the process `memory_limit` bytes.
+    """
     if sys.platform != "darwin":  # which has no such limit; a call there is limited in time alone
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -37,14 +40,12 @@ def main(target: str, time_limit: float, memory_limit: int) -> None:
         return
     _reply(replies, {"ready": True})
     for line in sys.stdin:
-        # The default action of SIGALRM ends the process even in the middle of a C call, when no parent is left to do it.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, time_limit + _GRACE)
+        _set_timers(time_limit + _GRACE, cpu_limit)
         try:
             reply = json.dumps({"value": function(*json.loads(line))})
         except (Exception, SystemExit) as error:
             reply = json.dumps({"error": _describe(error)})
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0, 0)
         replies.write(reply + "\n")
         replies.flush()
 
@@ -52,6 +53,16 @@ def main(target: str, time_limit: float, memory_limit: int) -> None:
 def _reply(replies: IO[str], message: dict[str, Any]) -> None:
     replies.write(json.dumps(message) + "\n")
     replies.flush()
+
+
+def _set_timers(seconds: float, cpu_seconds: float) -> None:
+    """End the process after so much time, 0 for never: by the signals' default action, so also in the middle of a C call."""
+    for which, number, limit in (
+        (signal.ITIMER_REAL, signal.SIGALRM, seconds),
+        (signal.ITIMER_PROF, signal.SIGPROF, cpu_seconds),
+    ):
+        signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(which, limit)
 
 
 def _describe(error: BaseException) -> str:
@@ -65,4 +76,4 @@ def _end_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))

@@ -72,25 +72,36 @@ class _Worker:
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             pipe.close()
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class WorkerPool:
     """Processes that call one function, `module:function`, with JSON arguments; a context manager.
 
-    A call that takes longer than `time_limit` seconds is killed together with its process, and one that needs more than
-    `memory_limit` bytes of address space fails in it; both give an `Outcome` with an error and leave the other calls alone.
+    A call that takes longer than `time_limit` seconds, or than `cpu_limit` seconds of processor time, is killed together
+    with its process, and one that needs more than `memory_limit` bytes of address space fails in it; all give an `Outcome`
+    with an error and leave the other calls alone. What is cut off by `cpu_limit` does not depend on how busy the machine is.
     Processes start when first needed, are replaced when they end, and end with the context, the interpreter or their
     parent. Safe to use from several threads (they take turns) and after a fork (the child starts its own).
     """
 
-    def __init__(self, function: str, *, time_limit: float, memory_limit: int, num_workers: int | None = None):
+    def __init__(
+        self,
+        function: str,
+        *,
+        time_limit: float,
+        memory_limit: int,
+        cpu_limit: float | None = None,
+        num_workers: int | None = None,
+    ):
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         self.function = function
         self.time_limit = time_limit
+        self.cpu_limit = cpu_limit
         self.num_workers = num_workers or min(4, _num_cores())
-        self._command = [sys.executable, "-P", "-m", "m1.reasoning.worker", function, str(time_limit), str(memory_limit)]
+        limits = [str(time_limit), str(cpu_limit or 0), str(memory_limit)]
+        self._command = [sys.executable, "-P", "-m", "m1.reasoning.worker", function, *limits]
         self._workers: list[_Worker] = []
         self._has_started = False  # whether any process ever imported the function
         self._lock = threading.Lock()
@@ -173,8 +184,11 @@ class WorkerPool:
         """Remove a worker that hangs or has died: its current call failed, the ones behind it go back to the queue."""
         self._workers.remove(worker)
         ending = worker.end()
-        if worker.is_ready:
-            error = f"took more than {self.time_limit:g} s" if is_late else f"its process was {ending}"
+        if worker.is_ready and is_late:
+            error = f"took more than {self.time_limit:g} s"
+        elif worker.is_ready:
+            is_over_cpu_limit = self.cpu_limit is not None and "SIGPROF" in ending
+            error = f"took more than {self.cpu_limit:g} s of processor time" if is_over_cpu_limit else f"its process {ending}"
         else:
             error = f"its process did not start within {_START_LIMIT:g} s" if is_late else f"its process {ending} at the start"
             if not self._has_started:
