@@ -28,6 +28,10 @@ CACHED_EQUALS_PLAIN = 1e-4
 # Losses computed in chunks of tokens against full logits, fp32, relative: other summation orders alone.
 CHUNKED_LOSS = 1e-6
 
+# The engine's log-probs against a fresh forward's, absolute: fp32, and the mean over tokens of a bf16 copy of an fp32 model.
+ENGINE_LOGPROBS = 1e-3
+ENGINE_LOGPROBS_BF16 = 0.02
+
 
 def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root-mean-square error of `actual` over the root-mean-square of `expected`; NaN anywhere gives NaN (never passes `<`)."""

@@ -1,1 +1,7 @@
+"""Continuous batching for hybrid and dense models: requests join and leave at every step."""
 
+from m1.engine.llm import Engine, Metrics
+from m1.engine.sampling_params import SamplingParams
+from m1.engine.sequence import Completion, Delta
+
+__all__ = ["Completion", "Delta", "Engine", "Metrics", "SamplingParams"]

@@ -1,0 +1,62 @@
+"""What becomes of sampled tokens: when a completion stops, its text, its deltas. Knows requests, not the scheduler."""
+
+from transformers import PreTrainedTokenizerBase
+
+from m1.engine.detokenizer import Detokenizer, decode
+from m1.engine.sequence import Completion, Delta, FinishReason, Request, Sequence
+
+
+class OutputProcessor:
+    """Follows every running completion from token to text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.tokenizer = tokenizer
+        self._detokenizers: dict[Sequence, Detokenizer] = {}
+
+    def take(self, sequence: Sequence) -> FinishReason | None:
+        """Look at a sequence's newest token: the reason to `close` it, or None to go on, when streams get their delta."""
+        request, token = sequence.request, sequence.tokens[-1]
+        is_stop_token = token in request.stop_ids
+        detokenizer = self._detokenizer(sequence)
+        if detokenizer is not None and not is_stop_token:
+            detokenizer.push([token])
+        reason: FinishReason | None = None
+        if is_stop_token or (detokenizer is not None and detokenizer.is_stopped):
+            reason = "stop"
+        elif sequence.num_generated >= request.max_tokens:
+            reason = "length"
+        if reason is None and request.on_delta is not None:
+            text = detokenizer.take(is_last=False) if detokenizer is not None else ""
+            request.on_delta(Delta(sequence.index, text, [token], [sequence.logprobs[-1]]))
+        return reason
+
+    def _detokenizer(self, sequence: Sequence) -> Detokenizer | None:
+        """The growing text of a sequence, where someone needs it before the end."""
+        request = sequence.request
+        if self.tokenizer is None or not (request.params.stop_strings or request.on_delta):
+            return None
+        if sequence not in self._detokenizers:
+            self._detokenizers[sequence] = Detokenizer(self.tokenizer, request.params.stop_strings)
+        return self._detokenizers[sequence]
+
+    def close(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Enter the completion of a sequence that ends here, for whatever reason."""
+        request, ids = sequence.request, sequence.generated
+        detokenizer = self._detokenizers.pop(sequence, None)
+        if detokenizer is not None:
+            detokenizer.finish()
+            text = detokenizer.text
+        else:
+            text = decode(self.tokenizer, ids[:-1] if ids and ids[-1] in request.stop_ids else ids)
+        request.completions[sequence.index] = Completion(text, ids, sequence.logprobs, reason, sequence.index)
+        if request.on_delta is not None:
+            rest = detokenizer.take(is_last=True) if detokenizer is not None else ""
+            newest = 0 if reason == "abort" else 1
+            tokens, logprobs = ids[len(ids) - newest :], sequence.logprobs[len(ids) - newest :]
+            request.on_delta(Delta(sequence.index, rest, tokens, logprobs, reason))
+
+    def close_unborn(self, request: Request, index: int) -> None:
+        """Enter an aborted completion that never got a sequence of its own."""
+        request.completions[index] = Completion("", [], [], "abort", index)
+        if request.on_delta is not None:
+            request.on_delta(Delta(index, "", [], [], "abort"))

@@ -1,0 +1,132 @@
+"""Sampling from a model that is being trained: shared weights, a copy in another dtype, modes, sleep."""
+
+import pytest
+import torch
+
+from m1.engine import SamplingParams
+from m1.modeling import M1ForCausalLM
+from tests.engine.models import random_prompts, tiny_engine, tiny_model
+
+PROMPTS = random_prompts((3, 9, 20))
+GREEDY = SamplingParams(temperature=0, max_tokens=10)
+
+
+def tokens_of(model: M1ForCausalLM, **options: object) -> list[list[int]]:
+    return [c.token_ids for (c,) in tiny_engine(model, **options).generate(PROMPTS, GREEDY)]
+
+
+def train(model: M1ForCausalLM) -> None:
+    """Change every weight in place, as an optimizer does."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_shared_model_is_sampled_as_it_is_now():
+    """Also its prefixes: a state of the old weights must not be found again."""
+    model = tiny_model()
+    engine = tiny_engine(model)
+    before = [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)]
+    train(model)
+    engine.update_weights()
+    after = [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)]
+    assert after == tokens_of(model)
+    assert after != before
+
+
+def test_running_sequences_are_recomputed_with_new_weights():
+    model = tiny_model()
+    engine = tiny_engine(model)
+    request = engine.submit(PROMPTS[1], SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+    for _ in range(5):
+        engine.step()
+    old = engine.scheduler.running[0].generated
+    train(model)
+    engine.update_weights()
+    while not request.is_finished:
+        engine.step()
+    tokens = request.completions[0].token_ids
+    assert tokens[: len(old)] == old
+    params = SamplingParams(temperature=0, max_tokens=10 - len(old), ignore_eos=True)
+    assert tokens[len(old) :] == tiny_engine(model).generate([PROMPTS[1] + old], params)[0][0].token_ids
+
+
+@pytest.mark.parametrize("variant", ["mamba1", "mamba2", "dense"])
+def test_a_bf16_copy_follows_its_source(variant):
+    model = tiny_model(variant)
+    engine = tiny_engine(model, dtype=torch.bfloat16)
+    before = [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)]
+    assert before == tokens_of(model, dtype=torch.bfloat16)
+    train(model)
+    assert [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)] == before
+    engine.update_weights()
+    after = [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)]
+    assert after == tokens_of(model, dtype=torch.bfloat16)
+    assert after != before
+    assert model.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_a_copy_takes_named_parameters_and_refuses_others():
+    model, other = tiny_model(), tiny_model()
+    train(other)
+    engine = tiny_engine(model, dtype=torch.bfloat16)
+    engine.update_weights(other.named_parameters())
+    assert [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)] == tokens_of(other, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="no parameter 'x'"):
+        engine.update_weights([("x", torch.ones(1))])
+    with pytest.raises(ValueError, match="shape"):
+        engine.update_weights([("lm_head.weight", torch.ones(1))])
+    with pytest.raises(ValueError, match="were not given"):
+        engine.update_weights(list(other.named_parameters())[:-1])
+
+
+def test_tied_weights_stay_tied_in_a_copy():
+    model = tiny_model(tie_word_embeddings=True)
+    engine = tiny_engine(model, dtype=torch.bfloat16)
+    assert engine.model.lm_head.weight is engine.model.model.embed_tokens.weight
+    train(model)
+    engine.update_weights()
+    assert torch.equal(engine.model.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_the_dynamics_of_a_copy_stay_exact():
+    model = tiny_model()
+    mixer = tiny_engine(model, dtype=torch.bfloat16).model.model.layers[0].mixer
+    assert torch.equal(mixer.A_log, model.model.layers[0].mixer.A_log)
+    assert mixer.in_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sampling_leaves_a_training_model_as_it_is(checkpointing):
+    """In the middle of a backward pass: modes, gradients and the graph survive, and the tokens are the usual ones."""
+    model = tiny_model()
+    expected = tokens_of(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    ids = torch.tensor([PROMPTS[2]])
+    loss = model(ids, labels=ids, use_cache=False).loss
+    engine = tiny_engine(model)
+    assert [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)] == expected
+    loss.backward()
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+    model(ids, labels=ids, use_cache=False).loss.backward()
+
+
+def test_sleep_frees_states_and_waking_goes_on():
+    engine = tiny_engine(tiny_model())
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    expected = engine.generate(PROMPTS, params)
+    requests = [engine.submit(prompt, params) for prompt in PROMPTS]
+    for _ in range(4):
+        engine.step()
+    engine.sleep()
+    assert engine.runner.state is None
+    engine.wake()
+    while engine.has_work:
+        engine.step()
+    assert [[r.completions[0].token_ids] for r in requests] == [[c.token_ids for c in row] for row in expected]
