@@ -92,12 +92,12 @@ def test_grouping_keeps_all_documents_and_bounds_the_padding() -> None:
 
 
 def test_one_document_never_reaches_another() -> None:
-    lengths = [12, 9, 12]
-    inputs, bounds = random_qkv(33), naive.cu_seqlens(lengths)
+    lengths = [9, 12, 10]  # the first is padded to 12
+    inputs, bounds = random_qkv(31), naive.cu_seqlens(lengths)
     clean = varlen_attention(**inputs, cu_seqlens=bounds, max_seqlen=12)
-    inputs["k"][12:21] = inputs["v"][12:21] = torch.nan
+    inputs["k"][9:21] = inputs["v"][9:21] = torch.nan
     poisoned = varlen_attention(**inputs, cu_seqlens=bounds, max_seqlen=12)
-    assert torch.equal(poisoned[:12], clean[:12])
+    assert torch.equal(poisoned[:9], clean[:9])
     assert torch.equal(poisoned[21:], clean[21:])
 
 

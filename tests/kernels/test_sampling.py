@@ -44,6 +44,14 @@ def test_noise_is_the_documented_hash() -> None:
     assert_close({"noise": actual[:, tokens]}, {"noise": torch.tensor(expected)}, REL_RMS[torch.float32])
 
 
+def test_the_largest_noise_which_decides_draws_is_exact() -> None:
+    noise = gumbel_noise(torch.tensor([3]), torch.tensor([4]), 200_000)[0]
+    tokens = noise.topk(5).indices.tolist()
+    assert noise[tokens].min() > 10
+    expected = torch.tensor([integer_noise(3, 4, token) for token in tokens])
+    assert_close({"noise": noise[tokens]}, {"noise": expected}, REL_RMS[torch.float32] / 10)
+
+
 def test_noise_is_gumbel_and_independent() -> None:
     seeds = torch.arange(-2, 2).repeat_interleave(4)
     noise = gumbel_noise(seeds, torch.arange(4).repeat(4), 100_000).double()  # neighbouring seeds and positions

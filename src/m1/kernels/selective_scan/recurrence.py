@@ -16,6 +16,8 @@ recurrence that runs backwards through time with the same decays:
 It is chunked as the forward is: gradients of the entry states with zero exit gradients, a recurrence over chunks from
 the last to the first, then the true gradients. dB and dx sum over the heads that read one group.
 
+Every product writes into a buffer (`out=`), which also keeps autocast away from it: all is fp32.
+
 Extra memory: T/CHUNK states from forward to backward, and LANES·CHUNK states while a block of chunks is differentiated.
 """
 
@@ -40,22 +42,20 @@ class Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, chunks: Chunks
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            scan = _Scan(x, delta, A, B, C, chunks)
-            entry = scan.entry_states(initial)
-            ctx.save_for_backward(x, delta, A, B, C, entry)
-            ctx.chunks, ctx.has_initial = chunks, initial is not None
-            return scan.outputs(entry)
+        scan = _Scan(x, delta, A, B, C, chunks)
+        entry = scan.entry_states(initial)
+        ctx.save_for_backward(x, delta, A, B, C, entry)
+        ctx.chunks, ctx.has_initial = chunks, initial is not None
+        return scan.outputs(entry)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
         x, delta, A, B, C, entry = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
-            scan = _Scan(x, delta, A, B, C, ctx.chunks)
-            dy = scan.lay_out_output_gradient(dy)
-            exit_gradients = scan.exit_gradients(dy, dfinal)
-            *gradients, dinitial = scan.differentiate(entry, dy, exit_gradients)
-            return *gradients, dinitial if ctx.has_initial else None, None
+        scan = _Scan(x, delta, A, B, C, ctx.chunks)
+        dy = scan.lay_out_output_gradient(dy)
+        exit_gradients = scan.exit_gradients(dy, dfinal)
+        *gradients, dinitial = scan.differentiate(entry, dy, exit_gradients)
+        return *gradients, dinitial if ctx.has_initial else None, None
 
 
 class _Scan:
