@@ -39,7 +39,7 @@ def model(
         for name, parameter in built.named_parameters():
             if parameter.ndim == 2 and "A_log" not in name:
                 parameter.mul_(4)
-    return built
+    return built.eval()
 
 
 def teacher_of(student: M1ForCausalLM, seed: int = 1) -> M1ForCausalLM:
@@ -79,3 +79,11 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
         chat_template=chat_template,
     )
     return tokenizer
+
+
+def word_tokenizer(words: str) -> PreTrainedTokenizerFast:
+    """One token a word, and <end> as 0; no chat template."""
+    vocab = {word: index for index, word in enumerate(["<end>", *words.split()])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
