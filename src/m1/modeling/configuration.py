@@ -112,9 +112,10 @@ class M1Config(PreTrainedConfig):
                 f"config.num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.mixer == "mamba1" and (self.head_dim % self.d_state or self.d_state % 2):
+        has_mixers = bool(self.mixer_layers)  # a Transformer with a head size that no mixer has is still a model
+        if has_mixers and self.mixer == "mamba1" and (self.head_dim % self.d_state or self.d_state % 2):
             raise ValueError(f"config.d_state: expected an even divisor of head_dim {self.head_dim}, got {self.d_state}")
-        if self.mixer == "mamba2" and self.d_state != self.head_dim:
+        if has_mixers and self.mixer == "mamba2" and self.d_state != self.head_dim:
             raise ValueError(f"config.d_state: mamba2 needs d_state == head_dim {self.head_dim}, got {self.d_state}")
         if not 1 <= self.d_conv <= 4:
             raise ValueError(f"config.d_conv: expected 1 to 4, got {self.d_conv}")
