@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+REFERENCE_ONLY = frozenset({"m1.kernels.ssd"})  # packages without a Triton kernel: the reference serves every device
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -28,7 +30,8 @@ def use_triton(tensor: Tensor) -> bool:
 
 def implementation_for(tensor: Tensor, package: str) -> ModuleType:
     """The module of an op's `package` that computes for `tensor`: its triton_impl or its reference, imported when used."""
-    return importlib.import_module(f"{package}.triton_impl" if use_triton(tensor) else f"{package}.reference")
+    is_triton = use_triton(tensor) and package not in REFERENCE_ONLY
+    return importlib.import_module(f"{package}.triton_impl" if is_triton else f"{package}.reference")
 
 
 def require(is_met: bool, argument: str, expected: str, given: object) -> None:
