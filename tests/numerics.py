@@ -32,6 +32,9 @@ CHUNKED_LOSS = 1e-6
 ENGINE_LOGPROBS = 1e-3
 ENGINE_LOGPROBS_BF16 = 0.02
 
+# The sampled token's log-prob, fp32, absolute: a sum of up to 150,000 exponentials in another order, and its logarithm.
+SAMPLE_LOGPROB = 1e-4
+
 
 def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root-mean-square error of `actual` over the root-mean-square of `expected`; NaN anywhere gives NaN (never passes `<`)."""

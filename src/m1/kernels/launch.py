@@ -1,4 +1,4 @@
-"""What the Triton files of several ops need to launch a kernel: sizes, row views, the interpreter's limits; no kernel lives here.
+"""What the Triton files of several ops need to launch a kernel: sizes, row views, operand types; no kernel lives here.
 
 Imports triton, so only triton_impl.py files (and the kernels beside them) may import it.
 """

@@ -1,0 +1,340 @@
+"""Benchmark cases of the decoding and pointwise kernels: paged attention, cache writes, norms, rotation, SwiGLU, sampling.
+
+benchmarks/kernels.py imports `cases()` and prints the table. Run alone, this file times the launch configurations of the
+kernels that have any, so that the best can be written into their `choose_config`:
+
+    python benchmarks/kernel_cases_decode.py decode        # every case whose name contains "decode", all its configurations
+
+A case allocates nothing until `build` is called; what `build` returns is a list of calls, one an input set, to be timed in
+turn: together the sets exceed the 50 MB of L2, so that no call finds its inputs there.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BYTES_A_SECOND = 3.0e12  # an H100's device-to-device copy, bytes read plus bytes written
+FLOPS_A_SECOND = 800e12  # its bf16 matrix products at 8192³
+CACHE_BYTES = 128 * 2**20  # input sets together are at least this
+Calls = list[Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: `build` for our op, `build_reference` for torch's, `sweep` for other configurations of ours."""
+
+    name: str
+    bytes_moved: int
+    build: Callable[[], Calls]
+    build_reference: Callable[[], Calls] | None = None
+    flops: int = 0
+    sweep: dict[str, Callable[[], Calls]] = field(default_factory=dict)
+
+    @property
+    def floor_seconds(self) -> float:
+        """The larger of bytes over bandwidth and arithmetic over the tensor cores' rate."""
+        return max(self.bytes_moved / BYTES_A_SECOND, self.flops / FLOPS_A_SECOND)
+
+
+MODELS = {  # hidden, intermediate, query heads, key/value heads, head width, vocabulary
+    "3B": (3072, 8192, 24, 8, 128, 128256),
+    "0.5B": (896, 4864, 14, 2, 64, 151936),
+    "135M": (576, 1536, 9, 3, 64, 49152),
+}
+PAGE = 64
+DECODE_LAUNCHES = [  # block_n, num_warps, num_stages
+    (32, 2, 4), (32, 4, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 8, 3),
+]  # fmt: skip
+
+
+def _sets(bytes_moved: int) -> int:
+    return max(-(-CACHE_BYTES // max(bytes_moved, 1)), 1)
+
+
+def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype).to(dtype)
+
+
+def _paged_inputs(contexts: list[int], model: str, dtype: torch.dtype, num_new: int) -> dict[str, Any]:
+    """Pages in random order, and the tables, of sequences of `contexts` positions whose last num_new are queries."""
+    _, _, heads, groups, width, _ = MODELS[model]
+    counts = [-(-context // PAGE) for context in contexts]
+    order = torch.randperm(sum(counts), dtype=torch.int32)
+    tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
+    for row, pages in enumerate(order.split(counts)):
+        tables[row, : len(pages)] = pages
+    key_pages, value_pages = (torch.empty(sum(counts), PAGE, groups, width, dtype=dtype, device="cuda") for _ in range(2))
+    for pages in (key_pages, value_pages):
+        for part in pages.split(1024):
+            part.copy_(_randn(*part.shape))
+    return {
+        "q": _randn(len(contexts) * num_new, heads, width),
+        "key_pages": key_pages,
+        "value_pages": value_pages,
+        "block_tables": tables.cuda(),
+        "context_lens": torch.tensor(contexts, dtype=torch.int32, device="cuda"),
+        "cu_seqlens": torch.arange(len(contexts) + 1, dtype=torch.int32, device="cuda") * num_new,
+        "max_seqlen": num_new,
+    }
+
+
+def _decode_case(model: str, dtype: torch.dtype, contexts: list[int], label: str) -> Case:
+    _, _, heads, groups, width, _ = MODELS[model]
+    bytes_moved = sum(contexts) * groups * width * 2 * dtype.itemsize + len(contexts) * heads * width * 4
+    is_fp8 = dtype.itemsize == 1
+
+    def build(op: Callable[..., Any] | None = None, config: Any = None) -> Calls:
+        from m1.kernels.attention import triton_decode, triton_impl
+
+        scales = {name: torch.full((1,), 0.5, device="cuda") for name in ("k_scale", "v_scale")} if is_fp8 else {}
+        calls: Calls = []
+        for _ in range(_sets(bytes_moved)):
+            inputs = _paged_inputs(contexts, model, dtype, 1)
+            if op is not None:
+                calls.append(lambda inputs=inputs: op(**inputs))
+            elif config is None:
+                calls.append(lambda inputs=inputs: triton_impl.paged_attention(**inputs, **scales))
+            else:
+                pages = [inputs[name] for name in ("q", "key_pages", "value_pages", "block_tables", "context_lens")]
+                calls.append(lambda pages=pages: triton_decode.paged_decode(*pages, scale=width**-0.5, config=config, **scales))
+        return calls
+
+    def reference() -> Calls:
+        from m1.kernels.attention import reference
+
+        return build(op=reference.paged_attention)
+
+    def configured(block_n: int, warps: int, stages: int, splits: int) -> Callable[[], Calls]:
+        def builder() -> Calls:
+            from m1.kernels.attention.triton_decode import DecodeConfig
+
+            return build(config=DecodeConfig(block_n, splits, 512, warps, stages))
+
+        return builder
+
+    sweep = {
+        f"block_n={launch[0]} warps={launch[1]} stages={launch[2]} splits={splits}": configured(*launch, splits)
+        for launch in DECODE_LAUNCHES
+        for splits in (1, 2, 4, 8)
+    }
+    name = f"decode attention {model} {str(dtype).removeprefix('torch.')} {label}"
+    return Case(name, bytes_moved, build, None if is_fp8 else reference, sweep=sweep)
+
+
+def _prefill_case(model: str, num_sequences: int, length: int) -> Case:
+    _, _, heads, groups, width, _ = MODELS[model]
+    tokens = num_sequences * length
+
+    def build(op: Callable[..., Any] | None = None) -> Calls:
+        from m1.kernels.attention import triton_impl
+
+        inputs = _paged_inputs([length] * num_sequences, model, torch.bfloat16, length)
+        return [lambda: (op or triton_impl.paged_attention)(**inputs)]
+
+    return Case(
+        f"prefill attention {model} {num_sequences} x {length}",
+        tokens * (2 * heads + 2 * groups) * width * 2,
+        build,
+        flops=2 * num_sequences * length * (length + 1) * heads * width,
+    )
+
+
+def _write_case(model: str, tokens: int, is_rotating: bool, dtype: torch.dtype) -> Case:
+    _, _, heads, groups, width, _ = MODELS[model]
+    bytes_moved = tokens * groups * width * 2 * (2 + dtype.itemsize)
+    bytes_moved += tokens * (heads * width * 4 + width * 8) if is_rotating else 0
+
+    def build() -> Calls:
+        from m1.kernels.attention import triton_impl
+
+        calls: Calls = []
+        for _ in range(min(_sets(bytes_moved), 32)):
+            merged = _randn(tokens, heads + 2 * groups, width)
+            q, k, v = merged.split([heads, groups, groups], 1)
+            cos, sin = (torch.rand(tokens, width, device="cuda") for _ in range(2))
+            pages = _randn(2, 2 * tokens // PAGE + 1, PAGE, groups, width, dtype=dtype)
+            slots = torch.randperm(pages[0, ..., 0, 0].numel(), device="cuda")[:tokens]
+            if is_rotating:
+                calls.append(
+                    lambda a=(q, k, v, cos, sin, pages[0], pages[1], slots): triton_impl.rope_write_kv(*a)  # type: ignore[misc]
+                )
+            else:
+                calls.append(lambda a=(k, v, pages[0], pages[1], slots): triton_impl.write_kv(*a))  # type: ignore[misc]
+        return calls
+
+    op = "rope_write_kv" if is_rotating else "write_kv"
+    return Case(f"{op} {model} {str(dtype).removeprefix('torch.')} {tokens} tokens", bytes_moved, build)
+
+
+def _pointwise_case(
+    name: str, bytes_moved: int, module: str, op: str, inputs: Callable[[], list[Any]], num_grads: int = 0
+) -> Case:
+    """A differentiable op of m1.kernels.<module>; with num_grads, only the backward to its first inputs is timed."""
+
+    def build_for(implementation: str) -> Calls:
+        import importlib
+
+        function = getattr(importlib.import_module(f"m1.kernels.{module}.{implementation}"), op)
+        calls: Calls = []
+        for _ in range(min(_sets(bytes_moved), 32)):
+            given = inputs()
+            if num_grads == 0:
+                calls.append(lambda given=given: function(*given))
+                continue
+            leaves = [x.requires_grad_() if i < num_grads else x for i, x in enumerate(given)]
+            out = function(*leaves)
+            outputs = out if isinstance(out, tuple) else (out,)
+            upstream = [torch.randn_like(x) for x in outputs]
+            calls.append(lambda o=outputs, x=leaves[:num_grads], g=upstream: torch.autograd.grad(o, x, g, retain_graph=True))
+        return calls
+
+    return Case(name, bytes_moved, lambda: build_for("triton_impl"), lambda: build_for("reference"))
+
+
+def _pointwise_cases(model: str, tokens: int) -> list[Case]:
+    hidden, intermediate, heads, _, width, _ = MODELS[model]
+    row, wide, head = tokens * hidden * 2, tokens * intermediate * 2, tokens * heads * width * 2
+
+    def norm_inputs(count: int) -> Callable[[], list[Any]]:
+        return lambda: [_randn(tokens, hidden), _randn(hidden), 1e-5, *([_randn(tokens, hidden)] * (count - 1))]
+
+    def gated_inputs() -> list[Any]:
+        return [_randn(tokens, heads, width), _randn(tokens, heads, width), _randn(heads * width), 1e-5]
+
+    def rotary_inputs() -> list[Any]:
+        return [_randn(tokens, heads, width), *(torch.rand(tokens, width, device="cuda") for _ in range(2))]
+
+    def gate_and_up() -> list[Any]:
+        return list(_randn(tokens, 2 * intermediate).chunk(2, -1))
+
+    label = f"{model} {tokens} tokens"
+    return [
+        _pointwise_case(f"rms_norm {label}", 2 * row, "norm", "rms_norm", norm_inputs(1)),
+        _pointwise_case(f"rms_norm + residual {label}", 4 * row, "norm", "rms_norm", norm_inputs(2)),
+        _pointwise_case(f"rms_norm backward {label}", 3 * row, "norm", "rms_norm", norm_inputs(1), 2),
+        _pointwise_case(f"rms_norm + residual backward {label}", 4 * row, "norm", "rms_norm", norm_inputs(2), 2),
+        _pointwise_case(f"gated_rms_norm {label}", 3 * head, "norm", "gated_rms_norm", gated_inputs),
+        _pointwise_case(f"gated_rms_norm backward {label}", 5 * head, "norm", "gated_rms_norm", gated_inputs, 3),
+        _pointwise_case(f"rope {label}", 2 * head + tokens * width * 8, "rope", "apply_rotary", rotary_inputs),
+        _pointwise_case(f"rope backward {label}", 2 * head + tokens * width * 8, "rope", "apply_rotary", rotary_inputs, 1),
+        _pointwise_case(f"swiglu {label}", 3 * wide, "activation", "swiglu", gate_and_up),
+        _pointwise_case(f"swiglu backward {label}", 5 * wide, "activation", "swiglu", gate_and_up, 2),
+    ]
+
+
+def _sample_case(model: str, rows: int, dtype: torch.dtype, spread: float, label: str, **filters: float) -> Case:
+    """Gaussian logits: spread 0.1 is flat as random weights are, 4 leaves about as many likely tokens as a trained model."""
+    vocabulary = MODELS[model][5]
+    bytes_moved = rows * vocabulary * dtype.itemsize
+
+    def build_for(module: str, **options: Any) -> Calls:
+        import importlib
+
+        sample = importlib.import_module(f"m1.kernels.sampling.{module}").sample
+        calls: Calls = []
+        for _ in range(_sets(bytes_moved)):
+            settings = {
+                "temperature": torch.full((rows,), filters.get("temperature", 0.7), device="cuda"),
+                "top_k": torch.full((rows,), int(filters.get("top_k", 0)), device="cuda"),
+                "top_p": torch.full((rows,), filters.get("top_p", 1.0), device="cuda"),
+                "min_p": torch.full((rows,), filters.get("min_p", 0.0), device="cuda"),
+                "seeds": torch.randint(0, 2**62, (rows,), device="cuda"),
+                "positions": torch.arange(rows, device="cuda"),
+            }
+            logits = (spread * torch.randn(rows, vocabulary, device="cuda")).to(dtype)
+            calls.append(lambda logits=logits, settings=settings: sample(logits, **settings, **options))
+        return calls
+
+    def configured(**fields: int) -> Callable[[], Calls]:
+        def builder() -> Calls:
+            from m1.kernels.sampling.triton_impl import SampleConfig
+
+            return build_for("triton_impl", config=SampleConfig(**fields))
+
+        return builder
+
+    sweep = {
+        f"tile={tile} warps={warps} splits={splits}": configured(tile=tile, scan_warps=warps, num_splits=splits)
+        for tile, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8))
+        for splits in (1, 2, 4, 8)
+    }
+    if filters:
+        sweep = {
+            f"candidates={candidates} finish_warps={warps}": configured(candidates=candidates, finish_warps=warps, num_splits=2)
+            for candidates in (64, 128)
+            for warps in (4, 8)
+        }
+    name = f"sample {model} {rows} rows {str(dtype).removeprefix('torch.')} {label}"
+    return Case(name, bytes_moved, lambda: build_for("triton_impl"), lambda: build_for("reference"), sweep=sweep)
+
+
+def cases() -> list[Case]:
+    """Every case of this file; nothing is allocated yet."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randint(1, 8193, (128,), generator=generator).tolist()
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+    found = [_decode_case(model, dtype, [4096] * 128, "128 x 4096") for model in MODELS for dtype in (bf16, fp8)]
+    found += [_decode_case("3B", dtype, mixed, "128 x 1 to 8192") for dtype in (bf16, fp8)]
+    found += [_decode_case("3B", bf16, [2304] * 32, "32 x 2304"), _decode_case("3B", bf16, [2304] * 512, "512 x 2304")]
+    found += [_decode_case("3B", bf16, [16384], "1 x 16384"), _decode_case("0.5B", bf16, [512] * 1024, "1024 x 512")]
+    found += [_prefill_case("3B", 8, 2048), _prefill_case("0.5B", 64, 256)]
+    for tokens in (512, 16384):
+        found += [_write_case("3B", tokens, is_rotating, dtype) for is_rotating in (False, True) for dtype in (bf16, fp8)]
+    for model, tokens in (("3B", 512), ("3B", 16384), ("0.5B", 16384)):
+        found += _pointwise_cases(model, tokens)
+    for model, rows in (("3B", 1), ("3B", 128), ("3B", 512), ("0.5B", 1024)):
+        found.append(_sample_case(model, rows, torch.float32, 4.0, "temperature"))
+    found += [
+        _sample_case("0.5B", 1024, bf16, 4.0, "temperature"),
+        _sample_case("0.5B", 1024, torch.float32, 0.1, "temperature, flat"),
+        _sample_case("0.5B", 1024, torch.float32, 4.0, "top_k 50", top_k=50),
+        _sample_case("0.5B", 1024, torch.float32, 4.0, "top_k 50 top_p 0.95", top_k=50, top_p=0.95),
+        _sample_case("0.5B", 1024, torch.float32, 4.0, "top_p 0.95", top_p=0.95),
+        _sample_case("0.5B", 1024, torch.float32, 0.1, "top_p 0.95, flat", top_p=0.95),
+    ]
+    return found
+
+
+def time_calls(calls: Calls, repeats: int = 20) -> float:
+    """Median seconds a call, replaying one CUDA graph of all of them in turn."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    return times[len(times) // 2] / 1000 / len(calls)
+
+
+def main(pattern: str) -> None:
+    """Time every case whose name contains `pattern`, as chosen and in every configuration of its sweep, best first."""
+    for case in cases():
+        if pattern not in case.name:
+            continue
+        results = {"as chosen": time_calls(case.build())}
+        for label, build in case.sweep.items():
+            results[label] = time_calls(build())
+        print(f"{case.name}: floor {case.floor_seconds * 1e6:.1f} us, {case.bytes_moved / 1e9:.3f} GB")
+        best = sorted(results.items(), key=lambda item: item[1])[:6]
+        for label, seconds in [*best, ("as chosen", results["as chosen"])]:
+            print(f"  {seconds * 1e6:9.1f} us {100 * case.floor_seconds / seconds:5.1f} % of the floor's speed  {label}")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -1,0 +1,71 @@
+"""Rotary embedding on CUDA, forward and backward: one program a token, all heads at once, so angles are read once.
+
+The backward of a rotation is the rotation with the halves' roles exchanged (exact also where the two halves of cos and sin
+hold different angles). Bytes moved: 2 · H · K elements a token plus 2 · K of angles. Floor on an H100 at 3.0 TB/s, bf16,
+16,384 tokens of 24 heads of 128: 0.21 GB, 0.070 ms. Decoding rotates while it writes the cache (attention/triton_impl.py).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1.kernels.launch import with_unit_stride
+
+
+@triton.jit
+def _rotary_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, stride_t, stride_h, cos_stride, sin_stride,
+    H: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, IS_BACKWARD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, BLOCK_HALF)
+    heads = tl.arange(0, BLOCK_H)
+    in_half = half < HALF
+    mask = (heads < H)[:, None] & in_half[None, :]
+    c1 = tl.load(cos_ptr + token * cos_stride + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    c2 = tl.load(cos_ptr + token * cos_stride + HALF + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    s1 = tl.load(sin_ptr + token * sin_stride + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    s2 = tl.load(sin_ptr + token * sin_stride + HALF + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    offsets = token * stride_t + heads[:, None] * stride_h + half[None, :]
+    a = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+    if IS_BACKWARD:  # the transposed matrix
+        first, second = a * c1 + b * s2, b * c2 - a * s1
+    else:
+        first, second = a * c1 - b * s1, b * c2 + a * s2
+    out = (token * H + heads[:, None]) * (2 * HALF) + half[None, :]
+    tl.store(y_ptr + out, first.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + out + HALF, second.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, is_backward: bool) -> Tensor:
+    num_tokens, num_heads, width = x.shape
+    x = with_unit_stride(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _rotary_kernel[(num_tokens,)](
+            x, cos, sin, y, *x.stride()[:2], cos.stride(0), sin.stride(0),
+            H=num_heads, HALF=width // 2, BLOCK_H=triton.next_power_of_2(num_heads),
+            BLOCK_HALF=triton.next_power_of_2(width // 2), IS_BACKWARD=is_backward, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _launch(x, cos, sin, is_backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _launch(dy, cos, sin, is_backward=True), None, None
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head of x [T, H, K] by its token's angles; differentiable in x; the public op's contract."""
+    return _Rotary.apply(x, with_unit_stride(cos), with_unit_stride(sin))
