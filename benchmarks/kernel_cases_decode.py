@@ -26,7 +26,10 @@ Calls = list[Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: `build` for our op, `build_reference` for torch's, `sweep` for other configurations of ours."""
+    """One line of the table: `build` for our op, `build_reference` for torch's, `sweep` for other configurations of ours.
+
+    Our calls can be captured in a CUDA graph; the references may synchronise and are timed without one.
+    """
 
     name: str
     bytes_moved: int
