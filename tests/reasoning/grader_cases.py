@@ -117,6 +117,8 @@ GRADER_CASES: list[tuple[str, str, bool]] = [
     (r"\sqrt{2}", "2^{1/2}", True),
     (r"\sqrt{2}", r"\sqrt2", True),
     (r"\sqrt{2}", r"\sqrt{3}", False),
+    (r"\sqrt{2}", "1.414214", True),
+    (r"\sqrt{2}", "1.414", False),
     (r"\sqrt{8}", r"2\sqrt{2}", True),
     (r"11\sqrt2", r"11\sqrt{2}", True),
     (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),

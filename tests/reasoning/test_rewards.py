@@ -41,9 +41,9 @@ def test_reasoning_gym_gives_full_marks_only_for_the_answer(scorer, generator):
 def test_reasoning_gym_accepts_the_spellings_of_mathematics(scorer):
     fraction = generate_problems("fraction_simplification", 1, seed=7, styles=("plain",))[0]
     numerator, denominator = fraction.answer.split("/")
-    product = next(p for p in generate_problems("products", 20, seed=1, min_digits=4, max_digits=5) if len(p.answer) > 4)
-    completions = [rf"\boxed{{\frac{{{numerator}}}{{{denominator}}}}}", rf"\boxed{{{int(product.answer):,}}}"]
-    assert [score.reward for score in scorer.score_many([fraction, product], completions)] == [1.0, 1.0]
+    multiple = next(problem for problem in generate_problems("lcm", 50, seed=1) if len(problem.answer) > 3)
+    completions = [rf"\boxed{{\frac{{{numerator}}}{{{denominator}}}}}", rf"\boxed{{{int(multiple.answer):,}}}"]
+    assert [score.reward for score in scorer.score_many([fraction, multiple], completions)] == [1.0, 1.0]
 
 
 def test_a_crashing_generator_gives_zero_and_a_reason(scorer):

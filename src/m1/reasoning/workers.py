@@ -196,7 +196,7 @@ class WorkerPool:
         failed = worker.owed.popleft() if worker.owed else (pending.popleft() if pending and not worker.is_ready else None)
         if failed is not None:
             outcomes[failed] = Outcome(error=error)
-        pending.extendleft(reversed(worker.owed))
+        pending.extend(worker.owed)
 
 
 def _has_input(worker: _Worker) -> bool:
