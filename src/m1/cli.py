@@ -7,6 +7,7 @@ traceback), 130 interrupted. Heavy imports come after parsing, so that help is q
 import importlib
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from m1.config import COMMANDS, build, read_recipe
@@ -69,8 +70,8 @@ def is_users_mistake(error: BaseException) -> bool:
     if isinstance(error, (OSError, MemoryError)):
         return True
     if isinstance(error, ValueError):
-        *_, last = traceback.walk_tb(error.__traceback__)
-        return str(last[0].f_globals.get("__name__", "")).split(".")[0] == "m1"
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        return Path(frame.f_code.co_filename).resolve().is_relative_to(Path(__file__).resolve().parent)
     return type(error).__name__ == "OutOfMemoryError"
 
 

@@ -247,10 +247,10 @@ def read_recipe(path: str | Path, command: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     for name, table in tables.items():
-        if name != "all" and name not in COMMANDS:
-            raise ValueError(f"{path}: unknown table [{name}]{_nearest(name, ['all', *COMMANDS])}")
         if not isinstance(table, dict):
             raise ValueError(f"{path}: {name} = … stands outside a table; put it under [{command}]")
+        if name != "all" and name not in COMMANDS:
+            raise ValueError(f"{path}: unknown table [{name}]{_nearest(name, ['all', *COMMANDS])}")
     known = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in COMMANDS.items()}
     known["all"] = set().union(*known.values())
     for name, table in tables.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-STAGES = ("base", "SFT", "GRPO")
+STAGES = ("before SFT", "SFT", "GRPO")
 MODELS = ("Transformer", "hybrid")
 
 
@@ -41,7 +41,7 @@ def accuracy_line(name: str, stage: str, summary: Mapping[str, Any]) -> str:
 
 def summary_table(findings: Findings) -> Table:
     """The end of the run on one screen: both models, each stage."""
-    first = findings.accuracy["Transformer"]["base"]
+    first = findings.accuracy["Transformer"][STAGES[0]]
     table = Table("stage", title="Held-out accuracy: pass@1 ± standard error / vote", title_justify="left")
     for name in MODELS:
         table.add_column(name, justify="right")

@@ -26,11 +26,13 @@ def write_page(findings: Findings, path: str | Path) -> None:
 
 def _accuracy(report: Report, findings: Findings) -> None:
     report.heading("Do they solve problems?")
-    first = findings.accuracy["Transformer"]["base"]
+    first = findings.accuracy["Transformer"][STAGES[0]]
     k = first["num_samples"]
     report.text(
-        f"Both models were fine-tuned and reinforced alike and sampled {k} times on each of {first['num_problems']} held-out "
-        f"problems. pass@1 is the mean over samples, maj@{k} the vote of the {k}. The bars' lines are standard errors."
+        "Before SFT stand the Transformer, which was taught the problems, and the hybrid that was converted from it, aligned and "
+        "distilled. From there both were fine-tuned (SFT) and reinforced (GRPO) alike. Each model was sampled "
+        f"{k} times on each of {first['num_problems']} held-out problems: pass@1 is the mean over samples, maj@{k} the vote of "
+        f"the {k}. The bars' lines are standard errors over problems."
     )
     summaries = {name: [findings.accuracy[name][stage] for stage in STAGES] for name in MODELS}
     pass1 = {name: [summary["pass@1"] for summary in of_model] for name, of_model in summaries.items()}
@@ -54,8 +56,8 @@ def _similarity(report: Report, findings: Findings) -> None:
     stages = list(findings.similarity)
     tokens = findings.similarity[stages[0]]["targets"]
     report.text(
-        f"On {tokens:.0f} held-out tokens of the Transformer's own answers: the KL divergence of the hybrid's next-token "
-        "distribution from the Transformer's (nats, lower is nearer), and how often both find the same token likeliest."
+        f"On {tokens:.0f} tokens of the Transformer's own answers to held-out problems: the KL divergence of the hybrid's next-token "
+        "distribution from the taught Transformer's (nats, lower is nearer), and how often both find the same token likeliest."
     )
     kl = {"hybrid": [findings.similarity[stage]["kl"] for stage in stages]}
     agreement = {"hybrid": [findings.similarity[stage]["agreement"] for stage in stages]}

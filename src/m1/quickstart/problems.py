@@ -31,16 +31,16 @@ def to_prompt(problem: Problem) -> list[dict[str, str]]:
 
 
 def answers_of(
-    engine: Engine, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, params: SamplingParams
+    engine: Engine, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, params: SamplingParams, loss_on: str
 ) -> list[Document]:
-    """What the engine's model answers, one sample a problem, as documents whose targets are the answers' tokens."""
+    """What the engine's model answers, one sample a problem, as documents; `loss_on` is "completion" or "all"."""
     completions = engine.generate([to_prompt(problem) for problem in problems], params)
     rows = [
         {"prompt": problem.problem, "completion": samples[0].text}
         for problem, samples in zip(problems, completions, strict=True)
         if samples[0].text.strip()
     ]
-    return make_documents(rows, tokenizer, max_length=MAX_LENGTH)
+    return make_documents(rows, tokenizer, max_length=MAX_LENGTH, loss_on=loss_on)
 
 
 def solutions_to(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Document]:

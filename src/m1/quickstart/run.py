@@ -3,6 +3,7 @@
 The order of things and what is measured when; the numbers are in recipe.py, the page in page.py.
 """
 
+import copy
 import dataclasses
 import shutil
 import time
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.backends import engine_backend
 from m1.config import QuickstartConfig
-from m1.conversion.convert import choose_attention_layers, convert, import_base
+from m1.conversion.convert import convert, import_base
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
 from m1.evaluation.runner import evaluate, read_records
@@ -25,7 +26,7 @@ from m1.modeling.loading import choose_device, inference_dtype, load_model, load
 from m1.quickstart.findings import Findings, accuracy_line, describe_device, summary_table
 from m1.quickstart.page import write_page
 from m1.quickstart.problems import answers_of, draw_problems, solutions_to, to_prompt
-from m1.quickstart.recipe import Recipe, recipe_for
+from m1.quickstart.recipe import Recipe, middle_layers, recipe_for
 from m1.reasoning.verify import Verifier
 from m1.reasoning.voting import majority_vote
 from m1.storage import GIB, git_revision, new_directory, require_disk, require_memory, write_json, write_run_record
@@ -68,9 +69,9 @@ class Quickstart:
 
     def run(self) -> None:
         torch.manual_seed(self.config.seed)
-        self.prepare()
+        transformer = self.prepare()
+        self.teach(transformer)
         hybrid = self.make_hybrid()
-        transformer = load_model(self.out / "base", dtype=torch.float32, device=self.device)
         for name, model in (("Transformer", transformer), ("hybrid", hybrid)):
             self.fine_tune(name, model)
         self.show_vote()
@@ -78,35 +79,39 @@ class Quickstart:
             self.save(model, name)
         self.finish()
 
-    # What the stages need
+    # The stages
 
-    def prepare(self) -> None:
-        """Base model, problems, and the Transformer's own answers to some of them."""
-        recipe, seed = self.recipe, self.config.seed
+    def prepare(self) -> M1ForCausalLM:
+        """The base model, in fp32 for training, and the problems."""
         with self.stage("load the Transformer and draw problems"):
             for name in ("base", "records"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
             import_base(self.config.base, self.out / "base")
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.out / "base", needs_chat_template=True)
-            self.teacher: M1ForCausalLM = load_model(self.out / "base", dtype=self.dtype, device=self.device).requires_grad_(
-                False
-            )
-            self.train_problems, self.heldout = draw_problems(recipe, seed)
+            self.train_problems, self.heldout = draw_problems(self.recipe, self.config.seed)
+            self.solutions = solutions_to(self.train_problems, self.tokenizer)
             self.say(f"a problem: {self.heldout[0].problem!r}, answer {self.heldout[0].answer}")
-        with self.stage("let the Transformer answer, for the hybrid to learn from"):
-            params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_new_tokens, seed=seed)
-            engine = Engine(self.teacher, self.tokenizer)
-            problems = self.train_problems[: recipe.num_teacher_problems]
-            self.documents: list[Document] = answers_of(engine, problems, self.tokenizer, params)
-            self.heldout_documents: list[Document] = answers_of(engine, self.heldout, self.tokenizer, params)
-        self.measure_accuracy("Transformer", "base", self.teacher)
+        return load_model(self.out / "base", dtype=torch.float32, device=self.device)
 
-    # The stages
+    def teach(self, transformer: M1ForCausalLM) -> None:
+        """Make the Transformer one that half masters the problems: the teacher. Then let it answer, to learn from."""
+        recipe, seed = self.recipe, self.config.seed
+        with self.stage("teach the Transformer the problems (SFT)"):
+            self.keep_curve("teach the Transformer", sft(transformer, self.solutions, recipe.teach))
+        self.teacher = copy.deepcopy(transformer).to(self.dtype).requires_grad_(False).eval()
+        self.measure_accuracy("Transformer", "before SFT", self.teacher)
+        with self.stage("let it answer, for the hybrid to learn from"):
+            params = SamplingParams(temperature=1.0, max_tokens=recipe.max_new_tokens, seed=seed)
+            engine = self.engine_of(self.teacher)
+            problems = self.train_problems[: recipe.num_teacher_problems]
+            # Mixers learn from every token, problems included; what is compared on held-out text is the answers alone.
+            self.documents: list[Document] = answers_of(engine, problems, self.tokenizer, params, "all")
+            self.heldout_documents: list[Document] = answers_of(engine, self.heldout, self.tokenizer, params, "completion")
 
     def make_hybrid(self) -> M1ForCausalLM:
-        """Convert, align and distil, with KL and agreement to the Transformer after each."""
+        """Convert, align and distil, with KL and agreement to the teacher after each."""
         recipe = self.recipe
-        kept = choose_attention_layers(self.teacher.config.num_hidden_layers, recipe.attention_fraction)
+        kept = middle_layers(self.teacher.config.num_hidden_layers)
         with self.stage("convert"):
             hybrid = convert(
                 self.teacher,
@@ -115,7 +120,7 @@ class Quickstart:
                 start="improved",
                 calibration=[document.token_ids.tolist() for document in self.documents[:32]],
                 seed=self.config.seed,
-            ).to(self.device)
+            ).float()
             self.say(f"{len(hybrid.config.mixer_layers)} of {hybrid.config.num_hidden_layers} layers are {recipe.mixer} now")
         self.findings.setting |= {"attention_layers": kept, "mixer": recipe.mixer, "layers": hybrid.config.num_hidden_layers}
         self.measure_similarity("converted", hybrid)
@@ -125,19 +130,22 @@ class Quickstart:
         with self.stage("distil"):
             self.keep_curve("distil", distill(hybrid, self.teacher, self.documents, recipe.distill))
         self.measure_similarity("distilled", hybrid)
-        self.measure_accuracy("hybrid", "base", hybrid)
+        self.measure_accuracy("hybrid", "before SFT", hybrid)
         return hybrid
 
     def fine_tune(self, name: str, model: M1ForCausalLM) -> None:
         """SFT and GRPO, the same for both models."""
-        solutions = solutions_to(self.train_problems, self.tokenizer)
         with self.stage(f"fine-tune the {name} (SFT)"):
-            self.keep_curve(f"SFT, {name}", sft(model, solutions, self.recipe.sft))
-        self.measure_accuracy(name, "SFT", model)
+            self.keep_curve(f"SFT, {name}", sft(model, self.solutions, self.recipe.sft))
+        self.measure_after("SFT", name, model)
         with self.stage(f"reinforce the {name} (GRPO)"):
-            result = grpo(model, self.tokenizer, self.train_problems, self.recipe.grpo)
-            self.keep_curve(f"GRPO, {name}", result)
-        self.measure_accuracy(name, "GRPO", model)
+            self.keep_curve(f"GRPO, {name}", grpo(model, self.tokenizer, self.train_problems, self.recipe.grpo))
+        self.measure_after("GRPO", name, model)
+
+    def measure_after(self, stage: str, name: str, model: M1ForCausalLM) -> None:
+        if name == "hybrid":
+            self.measure_similarity(stage, model)
+        self.measure_accuracy(name, stage, model)
 
     def show_vote(self) -> None:
         """One held-out problem, looked at closely: the hybrid's answers and what the vote made of them.
@@ -147,7 +155,7 @@ class Quickstart:
         _, records = read_records(self.records_path("hybrid", "GRPO"))
         with Verifier() as verifier:
             votes = [majority_vote([sample["answer"] for sample in record["samples"]], verifier.are_same) for record in records]
-            is_right = [verifier.check(record["gold"], vote.answer) for record, vote in zip(records, votes, strict=True)]
+            is_right = [verifier.check(record["answer"], vote.answer) for record, vote in zip(records, votes, strict=True)]
         order = sorted(range(len(records)), key=lambda i: (not is_right[i], votes[i].share))
         chosen, vote = records[order[0]], votes[order[0]]
         problem = next(problem for problem in self.heldout if problem.id == chosen["id"])
@@ -168,11 +176,11 @@ class Quickstart:
     def measure_similarity(self, stage: str, hybrid: M1ForCausalLM) -> None:
         found = compare(hybrid, self.teacher, self.heldout_documents, precision=self.recipe.distill.precision)
         self.findings.similarity[stage] = found
-        self.say(f"held-out tokens: KL to the Transformer {found['kl']:.3f}, same next token {found['agreement']:.1%}")
+        self.say(f"held-out tokens: KL to the teacher {found['kl']:.3f}, same next token {found['agreement']:.1%}")
 
     def measure_accuracy(self, name: str, stage: str, model: M1ForCausalLM) -> None:
         recipe = self.recipe
-        engine = Engine(model.eval(), self.tokenizer, dtype=self.dtype)
+        engine = self.engine_of(model)
         params = {"temperature": recipe.temperature, "max_tokens": recipe.max_new_tokens, "seed": self.config.seed}
         path = self.records_path(name, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,6 +196,10 @@ class Quickstart:
         summary["tokens_per_second"] = engine.metrics.tokens_per_second
         self.findings.accuracy.setdefault(name, {})[stage] = summary
         self.say(accuracy_line(name, stage, summary))
+
+    def engine_of(self, model: M1ForCausalLM) -> Engine:
+        """A sampler that leaves memory to the two models and their training."""
+        return Engine(model.eval(), self.tokenizer, dtype=self.dtype, memory_fraction=0.2)
 
     def records_path(self, name: str, stage: str) -> Path:
         return self.out / "records" / f"{name}-{stage}.jsonl"
@@ -231,5 +243,6 @@ class Quickstart:
         self.console.print(f"[bold]Done in {found.setting['seconds']:.0f} s.[/] The report: {self.out / 'report.html'}")
         problem = self.heldout[0].problem
         self.console.print(
-            f"Next: m1 solve {problem!r} --model {self.out / 'hybrid'} --suffix '' --max-new-tokens 24", markup=False
+            f"Next: m1 solve {problem!r} --model {self.out / 'hybrid'} --suffix '' --max-new-tokens {self.recipe.max_new_tokens}",
+            markup=False,
         )

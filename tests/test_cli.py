@@ -1,0 +1,85 @@
+"""The command line: quick help, one clear line and exit code 2 for users' mistakes, tracebacks for ours."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from m1 import cli
+
+
+def m1(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "m1.cli", *arguments], capture_output=True, text=True)
+
+
+def test_help_comes_within_a_second():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = m1("--help")
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in cli.COMMANDS)
+    assert min(seconds) < 1.0
+
+
+def test_parsing_loads_no_torch():
+    code = "import sys; from m1.cli import parse; parse(['sft', '--steps', '3']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_command_has_a_runner():
+    assert cli.RUNNERS.keys() == cli.COMMANDS.keys()
+
+
+def test_flags_override_the_recipe(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[sft]\nsteps = 5\nseed = 3\nbetas = [0.8, 0.9]\n")
+    command, config = cli.parse(["sft", str(path), "--steps", "7"])
+    assert (command, config.steps, config.seed, config.betas) == ("sft", 7, 3, (0.8, 0.9))
+
+
+def test_solve_takes_the_problem_as_first_word():
+    assert cli.parse(["solve", "What is 2 + 2?", "--model", "m"])[1].problem == "What is 2 + 2?"
+    assert cli.parse(["solve", "-", "--model", "m"])[1].problem == "-"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distil"], "unknown command 'distil'"),
+        (["sft", "missing.toml"], "missing.toml: no such recipe"),
+        (["convert"], "--base is needed"),
+        (["convert", "--base", "./nowhere", "--out", "out"], "nowhere"),
+        (["sft", "--out", "out"], "--model is needed"),
+        (["solve", "--model", "./nowhere"], "--problem is needed"),
+        (["solve", "2 + 2?", "--model", "./nowhere"], "./nowhere: no such model directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = m1(*arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("m1: error: ")
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flag_is_refused_with_exit_code_2():
+    result = m1("sft", "--lerning-rate", "1")
+    assert result.returncode == 2
+    assert "learning-rate" in result.stderr + result.stdout
+
+
+def test_faults_of_ours_are_not_called_mistakes():
+    def fault() -> None:
+        int("not a number")  # a ValueError, but raised here, outside m1
+
+    with pytest.raises(ValueError) as caught:
+        fault()
+    assert not cli.is_users_mistake(caught.value)
+    assert not cli.is_users_mistake(KeyError("x"))
+    assert cli.is_users_mistake(FileNotFoundError("x"))
+    assert cli.is_users_mistake(MemoryError("x"))
