@@ -29,8 +29,8 @@ def _accuracy(report: Report, findings: Findings) -> None:
     first = findings.accuracy["Transformer"][STAGES[0]]
     k = first["num_samples"]
     report.text(
-        "Before SFT stand the Transformer, which was taught the problems, and the hybrid that was converted from it, aligned and "
-        "distilled. From there both were fine-tuned (SFT) and reinforced (GRPO) alike. Each model was sampled "
+        "Before SFT stand the Transformer, which was taught the problems, and the hybrid that was converted from it, aligned "
+        "and distilled. From there both were fine-tuned (SFT) and reinforced (GRPO) alike. Each model was sampled "
         f"{k} times on each of {first['num_problems']} held-out problems: pass@1 is the mean over samples, maj@{k} the vote of "
         f"the {k}. The bars' lines are standard errors over problems."
     )
@@ -56,8 +56,8 @@ def _similarity(report: Report, findings: Findings) -> None:
     stages = list(findings.similarity)
     tokens = findings.similarity[stages[0]]["targets"]
     report.text(
-        f"On {tokens:.0f} tokens of the Transformer's own answers to held-out problems: the KL divergence of the hybrid's next-token "
-        "distribution from the taught Transformer's (nats, lower is nearer), and how often both find the same token likeliest."
+        f"On {tokens:.0f} tokens of the Transformer's own answers to held-out problems: the KL divergence of the hybrid's "
+        "next-token distribution from the taught Transformer's (nats, lower is nearer), and how often both find the same token likeliest."
     )
     kl = {"hybrid": [findings.similarity[stage]["kl"] for stage in stages]}
     agreement = {"hybrid": [findings.similarity[stage]["agreement"] for stage in stages]}

@@ -98,7 +98,7 @@ class Quickstart:
         recipe, seed = self.recipe, self.config.seed
         with self.stage("teach the Transformer the problems (SFT)"):
             self.keep_curve("teach the Transformer", sft(transformer, self.solutions, recipe.teach))
-        self.teacher = copy.deepcopy(transformer).to(self.dtype).requires_grad_(False).eval()
+        self.teacher: M1ForCausalLM = copy.deepcopy(transformer).to(dtype=self.dtype).requires_grad_(False).eval()
         self.measure_accuracy("Transformer", "before SFT", self.teacher)
         with self.stage("let it answer, for the hybrid to learn from"):
             params = SamplingParams(temperature=1.0, max_tokens=recipe.max_new_tokens, seed=seed)
@@ -241,8 +241,5 @@ class Quickstart:
         write_page(found, self.out / "report.html")
         self.console.print(summary_table(found))
         self.console.print(f"[bold]Done in {found.setting['seconds']:.0f} s.[/] The report: {self.out / 'report.html'}")
-        problem = self.heldout[0].problem
-        self.console.print(
-            f"Next: m1 solve {problem!r} --model {self.out / 'hybrid'} --suffix '' --max-new-tokens {self.recipe.max_new_tokens}",
-            markup=False,
-        )
+        solve = f"m1 solve {self.heldout[0].problem!r} --model {self.out / 'hybrid'}"
+        self.say(f"Next: {solve} --suffix '' --max-new-tokens {self.recipe.max_new_tokens}")
