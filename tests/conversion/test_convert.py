@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from m1 import cli, storage
-from m1.conversion.bases import load_base
+from m1.conversion.bases import import_base, load_base
 from m1.conversion.convert import choose_attention_layers, convert, count_parameters
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import load_config, load_model
@@ -172,6 +173,19 @@ def test_command_writes_a_whole_model(
     assert torch.equal(logits(model), logits(expected))
 
 
+def test_generation_ends_where_base_and_tokenizer_end(base_directory: Path, tmp_path: Path) -> None:
+    source = tmp_path / "base"
+    shutil.copytree(base_directory, source)
+    generation = {"eos_token_id": 0, "temperature": 0.6, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    assert run_cli("--base", source, "--out", tmp_path / "hybrid") == 0
+    import_base(source, tmp_path / "imported")
+    for written in ("hybrid", "imported"):
+        config = GenerationConfig.from_pretrained(tmp_path / written)
+        assert sorted(config.eos_token_id) == [0, 2]
+        assert config.temperature == 0.6
+
+
 def test_written_dtype_and_skipped_calibration(
     base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +267,8 @@ def test_a_checkpoint_of_another_model_is_refused(
             (tmp_path / "mixed" / file.name).write_bytes(file.read_bytes())
     assert run_cli("--base", tmp_path / "mixed", "--out", tmp_path / "hybrid") == 2
     assert "does not fit its config.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"does not fit its config\.json"):
+        import_base(tmp_path / "mixed", tmp_path / "imported")
     assert left_behind(tmp_path) == ["mixed"]
 
 

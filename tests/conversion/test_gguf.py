@@ -90,6 +90,9 @@ def test_tokenizer_says_what_the_file_says(gguf_file: Path, base_directory: Path
         assert [ids[0], ids[-1]] == [1, 2]
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nhello 123 tés"
+        # Registered though no name (eos, pad, …) speaks of them; what is user-defined is text, so it is not skipped.
+        assert tokenizer("<|file_sep|><tool>").input_ids == [3, 4]
+        assert tokenizer.decode([3, 4], skip_special_tokens=True) == "<tool>"
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello 123 tés"}], tokenize=False)
         assert chat == text + "\n"
 

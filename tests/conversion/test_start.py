@@ -102,7 +102,7 @@ def test_fit_comes_nearer_also_on_unseen_text(family: str, mixer: str) -> None:
     before, after = (relative_errors(dense, each, unseen) for each in mixers)
     assert [fit.layer for fit in fits] == [0, 2]
     assert all(after[layer] < 0.98 * before[layer] for layer in (0, 2)), (before, after)
-    assert after[0] < 0.92
+    assert after[0] < 0.95
     for fit in fits:  # the errors reported are those of documents that were held out, so they hold for others
         assert fit.is_held_out
         assert fit.error_after == pytest.approx(after[fit.layer], rel=0.15)

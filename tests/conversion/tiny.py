@@ -12,7 +12,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|file_sep|>"]
+USER_DEFINED = "<tool>"
 NUM_UNUSED = 3
 MERGES = ["1 2", "12 3", "h e", "l l", "he ll", "hell o", "Ġ hello", "Ġ t"]
 NAMES = {
@@ -34,11 +35,17 @@ NAMES = {
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, the 256 byte symbols of byte-level BPE, the merged tokens, and unused rows."""
+    """Special tokens, a user-defined one, the 256 byte symbols of byte-level BPE, the merged tokens, and unused rows."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    return [*SPECIAL, *symbols, *(merge.replace(" ", "") for merge in MERGES), *(f"[PAD{i}]" for i in range(NUM_UNUSED))]
+    return [
+        *SPECIAL,
+        USER_DEFINED,
+        *symbols,
+        *(merge.replace(" ", "") for merge in MERGES),
+        *(f"[PAD{i}]" for i in range(NUM_UNUSED)),
+    ]
 
 
 def tiny_base(family: str = "llama", **options: Any) -> PreTrainedModel:
@@ -81,7 +88,7 @@ def write_gguf(path: Path, model: PreTrainedModel, *, extra: dict[str, np.ndarra
     config = model.config
     family = config.model_type
     tokens = vocabulary()
-    types = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL) - NUM_UNUSED) + [5] * NUM_UNUSED
+    types = [3] * len(SPECIAL) + [4] + [1] * (len(tokens) - len(SPECIAL) - 1 - NUM_UNUSED) + [5] * NUM_UNUSED
     metadata = {
         f"{family}.block_count": config.num_hidden_layers,
         f"{family}.context_length": config.max_position_embeddings,
