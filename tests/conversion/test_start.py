@@ -122,32 +122,45 @@ def test_fit_reports_what_the_mixer_does() -> None:
         assert fit.error_after == pytest.approx(after[fit.layer], rel=1e-4)
 
 
-def test_fit_finds_the_half_life_that_made_the_target() -> None:
-    """Attention replaced by a linear attention of known half-lives: the fit must find them, and its output."""
+class Pretender(torch.nn.Module):
+    """Stands where attention stood, with its o_proj, but its heads are a mixer's, mixed by `mix` [d_inner, d_inner]."""
+
+    def __init__(self, mixer: torch.nn.Module, attention: torch.nn.Module, mix: torch.Tensor) -> None:
+        super().__init__()
+        self.mixer, self.o_proj, self.mix = mixer, attention.o_proj, mix
+
+    def forward(self, x, layout, rotary, state=None):
+        heads = []
+        hook = self.mixer.out_proj.register_forward_pre_hook(lambda _, arguments: heads.append(arguments[0]))
+        self.mixer(x, layout, rotary)
+        hook.remove()
+        return self.o_proj(heads[0] @ self.mix)
+
+
+def fit_to_pretender(half_lives: torch.Tensor, mix: torch.Tensor) -> LayerFit:
+    """The fit of layer 0 where attention is replaced by a linear attention that the mixer can imitate."""
     dense = dense_model()
-    teacher = convert(dense, attention_layers=[], mixer="mamba2", start="improved").model.layers[0].mixer
+    teacher, student = (
+        convert(dense, attention_layers=[], mixer="mamba2", start="improved").model.layers[0].mixer for _ in range(2)
+    )
+    set_half_lives(teacher, half_lives)
+    dense.model.layers[0].self_attn = Pretender(teacher, dense.model.layers[0].self_attn, mix)
+    (fit,) = fit_mixers(dense, {0: student}, documents(60))
+    return fit
+
+
+def test_fit_finds_the_half_lives_that_made_the_target() -> None:
     truth = torch.tensor([2.0, 8.0, 32.0, 128.0])
-    set_half_lives(teacher, truth)
-
-    class Pretender(torch.nn.Module):
-        """Stands where attention stood: same place, same o_proj, the teacher's heads."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.o_proj = dense.model.layers[0].self_attn.o_proj
-
-        def forward(self, x, layout, rotary, state=None):
-            heads = []
-            hook = teacher.out_proj.register_forward_pre_hook(lambda _, arguments: heads.append(arguments[0]))
-            teacher(x, layout, rotary)
-            hook.remove()
-            return self.o_proj(heads[0])
-
-    student = convert(dense, attention_layers=[], mixer="mamba2", start="improved").model.layers[0].mixer
-    dense.model.layers[0].self_attn = Pretender()
-    (fit,) = fit_mixers(dense, {0: student}, documents(20))
+    fit = fit_to_pretender(truth, torch.eye(128))
     assert fit.half_lives == truth.tolist()
     assert fit.error_after < 1e-3
+
+
+def test_fit_finds_the_projection_that_no_scale_of_heads_gives() -> None:
+    mix = torch.eye(128) + torch.randn(128, 128, generator=torch.Generator().manual_seed(4)) / 128**0.5
+    fit = fit_to_pretender(torch.full((4,), 8.0), mix)
+    assert fit.half_lives == [8.0] * 4
+    assert fit.error_after < 0.2  # what the ridge leaves; scales of heads alone leave 0.7
 
 
 def test_options_of_the_start_are_needed() -> None:
