@@ -60,7 +60,8 @@ class Mamba2Mixer(nn.Module):
         config = self.config
         z, vkq, dt = self.in_proj(x).split([config.d_inner, sum(self.splits[1:4]), self.num_heads], dim=-1)
         vkq = self._convolve(vkq, layout, state)
-        v, k, q = self.split_heads(*vkq.split(self.splits[1:4], dim=-1), rotary)
+        v, k, q = vkq.split(self.splits[1:4], dim=-1)
+        v, k, q = self.split_heads(v, k, q, rotary)
         y = self._scan(v, dt, k, q, layout, state)  # [T, H, P]
         z = z.unflatten(-1, (-1, config.head_dim))
         if self.norm is not None:

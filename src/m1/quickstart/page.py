@@ -57,7 +57,8 @@ def _similarity(report: Report, findings: Findings) -> None:
     tokens = findings.similarity[stages[0]]["targets"]
     report.text(
         f"On {tokens:.0f} tokens of the Transformer's own answers to held-out problems: the KL divergence of the hybrid's "
-        "next-token distribution from the taught Transformer's (nats, lower is nearer), and how often both find the same token likeliest."
+        "next-token distribution from the taught Transformer's (nats, lower is nearer), and how often both find "
+        "the same token likeliest."
     )
     kl = {"hybrid": [findings.similarity[stage]["kl"] for stage in stages]}
     agreement = {"hybrid": [findings.similarity[stage]["agreement"] for stage in stages]}
