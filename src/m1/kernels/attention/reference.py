@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+DECODE_BYTES = 2**21  # keys and values of the sequences that decode together
 MOST_PADDING = 1.5  # documents go in one call while the padded area of scores is at most this multiple of their own
 
 
@@ -54,6 +55,8 @@ def paged_attention(
     window: int | None = None,
 ) -> Tensor:
     """See m1.kernels.attention.paged_attention: pages are gathered into one padded batch, one masked SDPA call."""
+    if max_seqlen == 1:
+        return _decode(q, key_pages, value_pages, block_tables, context_lens, scale, window)
     num_pages, page_size = key_pages.shape[:2]
     longest = int(context_lens.max())
     pages = block_tables[:, : -(-longest // page_size)].clamp(0, num_pages - 1).long()  # a short row's tail may name anything
@@ -84,6 +87,49 @@ def paged_attention(
             enable_gqa=q.shape[1] != key_pages.shape[2],
         )
     return out.transpose(1, 2)[is_real]
+
+
+def _decode(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """One query a sequence, [n, H, K] -> [n, H, K]. A group's heads are the rows of one small attention over its keys.
+
+    Sequences of like length go together, few enough that their gathered pages stay in a core's cache.
+    """
+    num_pages, page_size, num_groups, width = key_pages.shape
+    lengths = context_lens.tolist()
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    grouped = q.unflatten(1, (num_groups, -1))  # [n, G, H/G, K]
+    out = torch.empty_like(grouped)
+    while order:
+        longest = lengths[order[-1]]
+        num_rows = max(1, DECODE_BYTES // (longest * 2 * num_groups * width * q.element_size()))
+        members, order = order[-num_rows:], order[:-num_rows]
+        rows = torch.tensor(members, device=q.device)
+        pages = block_tables[rows, : -(-longest // page_size)].clamp(0, num_pages - 1).flatten()  # a tail may name anything
+        keys, values = (
+            tensor.index_select(0, pages).view(len(members), -1, num_groups, width)[:, :longest].to(q.dtype)
+            for tensor in (key_pages, value_pages)
+        )
+        for row, member in enumerate(members):  # what was never written may be NaN, which a masked weight does not silence
+            if lengths[member] < longest:
+                keys[row, lengths[member] :] = 0
+                values[row, lengths[member] :] = 0
+        places, ends = torch.arange(longest, device=q.device), context_lens[rows][:, None]
+        mask = places < ends  # [k, context]
+        if window is not None:
+            mask &= places >= ends - window
+        with torch.autocast(q.device.type, enabled=False):
+            out[rows] = scaled_dot_product_attention(
+                grouped[rows], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None, None], scale=scale
+            )
+    return out.flatten(1, 2)
 
 
 @torch.no_grad()

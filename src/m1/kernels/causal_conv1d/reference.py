@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m1.kernels.state_rows import rows_of
+
 
 def causal_conv1d(
     x: Tensor,
@@ -58,11 +60,19 @@ def causal_conv1d_update(
     slots: Tensor | None = None,
 ) -> Tensor:
     """See m1.kernels.causal_conv1d.causal_conv1d_update."""
-    if slots is None:
-        slots = torch.arange(x.shape[0], device=x.device)
-    window = torch.cat([conv_state[slots].float(), x.float()[:, :, None]], -1)  # [n, D, W]
-    conv_state[slots] = window[:, :, 1:].to(conv_state.dtype)
-    y = (window * weight.float()).sum(-1)
+    taps = weight.float().t().contiguous()  # [W, D]
+    past = conv_state.transpose(1, 2)  # [S, W-1, D]
+    rows = rows_of(slots, len(x))
+    window = past[rows] if isinstance(rows, slice) else past.index_select(0, rows)  # a slice is stepped in place
+    y = x.float() * taps[-1]
+    for offset, tap in enumerate(taps[:-1]):
+        y.addcmul_(window[:, offset].float(), tap)
+    for offset in range(len(taps) - 2):
+        window[:, offset] = window[:, offset + 1]
+    if len(taps) > 1:
+        window[:, -1] = x
+    if not isinstance(rows, slice):
+        past.index_copy_(0, rows, window)
     if bias is not None:
         y += bias.float()
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from m1.kernels.chunks import Chunks
 from m1.kernels.selective_scan.recurrence import CHUNK, Recurrence
+from m1.kernels.state_rows import state_blocks
 
 
 def selective_scan(
@@ -54,16 +55,18 @@ def selective_state_update(
     slots: Tensor | None = None,
 ) -> Tensor:
     """See m1.kernels.selective_scan.selective_state_update."""
-    num_heads = A.shape[0]
-    if slots is None:
-        slots = torch.arange(x.shape[0], device=x.device)
-    wide = x.float()
+    num_heads, width, d_state = A.shape
+    num_groups = B.shape[1]
+    A, B, C, wide = A.float(), B.float(), C.float(), x.float()
     delta = _step_size(dt, dt_bias, dt_softplus)  # [n, H, P]
-    u = delta * _repeat(wide, num_heads)
-    state = ssm_state[slots].float() * torch.exp(delta[..., None] * A.float())  # [n, H, P, N]
-    state += u[..., None] * _repeat(B.float(), num_heads)[:, :, None]
-    ssm_state[slots] = state.to(ssm_state.dtype)
-    y = (state * C.float()[:, :, None]).sum(-1)
+    u = (delta * _repeat(wide, num_heads)).view(len(x), num_groups, -1, 1)  # [n, G, H/G·P, 1]
+    y = torch.empty_like(delta)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, state in state_blocks(ssm_state, slots, len(x)):  # [k, H, P, N]
+            state.mul_(torch.mul(delta[rows][..., None], A).exp_())
+            state.view(-1, num_groups, num_heads // num_groups * width, d_state).addcmul_(u[rows], B[rows][:, :, None])
+            read = torch.bmm(state.view(-1, width, d_state), C[rows].reshape(-1, d_state, 1))
+            y[rows] = read.view(-1, num_heads, width)
     return _skip_and_gate(y, wide, D, z).to(x.dtype)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m1.kernels.chunks import Chunks
+from m1.kernels.state_rows import state_blocks
 
 
 def ssd_scan(
@@ -69,15 +70,20 @@ def ssd_state_update(
     slots: Tensor | None = None,
 ) -> Tensor:
     """See m1.kernels.ssd.ssd_state_update."""
-    num_heads = C.shape[1]
-    if slots is None:
-        slots = torch.arange(x.shape[0], device=x.device)
+    num_heads, d_state = C.shape[1:]
+    num_groups, width = B.shape[1], x.shape[2]
     repeated = _repeat(x.float(), num_heads)  # [n, H, P]
+    B, C = B.float(), C.float()
     delta = _step_size(dt, dt_bias, dt_softplus)  # [n, H]
-    state = ssm_state[slots].float() * torch.exp(delta * A.float())[..., None, None]  # [n, H, P, N]
-    state += (delta[..., None] * repeated)[..., None] * _repeat(B.float(), num_heads)[:, :, None]
-    ssm_state[slots] = state.to(ssm_state.dtype)
-    y = (state * C.float()[:, :, None]).sum(-1)
+    decay = torch.exp(delta * A.float())[..., None, None]
+    u = (delta[..., None] * repeated).view(len(x), num_groups, -1, 1)  # [n, G, H/G·P, 1]
+    y = torch.empty_like(repeated)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, state in state_blocks(ssm_state, slots, len(x)):  # [k, H, P, N]
+            state.mul_(decay[rows])
+            state.view(-1, num_groups, num_heads // num_groups * width, d_state).addcmul_(u[rows], B[rows][:, :, None])
+            read = torch.bmm(state.view(-1, width, d_state), C[rows].reshape(-1, d_state, 1))
+            y[rows] = read.view(-1, num_heads, width)
     if D is not None:
         y += D.float()[:, None] * repeated
     return y.to(x.dtype)
