@@ -16,18 +16,23 @@ from torch import Tensor
 from m1.kernels.causal_conv1d.triton_kernels import conv_backward_kernel, conv_kernel, conv_update_kernel
 from m1.kernels.chunk_table import cut_documents, document_bounds
 from m1.kernels.launch import with_unit_stride
+from m1.kernels.strides import stride_unit
 
 
 class ConvConfig(NamedTuple):
-    """Tokens a program, tokens a tile (at least the filter's width - 1), warps, and 256-channel blocks a warp."""
+    """Tokens a program, tokens a tile forwards and backwards, and warps of 256 channels; the sweep tries several.
+
+    A tile has at least the filter's width of tokens.
+    """
 
     chunk: int = 64
     steps: int = 8
+    backward_steps: int = 4
     num_warps: int = 1
 
-    def sizes(self, width: int) -> dict[str, int]:
-        steps = max(self.steps, triton.next_power_of_2(width))
-        return {"WIDTH": width, "TAPS": triton.next_power_of_2(width), "STEPS": steps, "BLOCK": 256 * self.num_warps}
+    def sizes(self, width: int, steps: int) -> dict[str, int]:
+        taps = triton.next_power_of_2(width)
+        return {"WIDTH": width, "TAPS": taps, "STEPS": max(steps, taps), "BLOCK": 256 * self.num_warps}
 
 
 def causal_conv1d(
@@ -72,9 +77,9 @@ class _CausalConv1d(torch.autograd.Function):
         final_state = None
         if output_final_state:
             final_state = torch.empty(chunks.num_sequences, D, width - 1, dtype=x.dtype, device=x.device)
-        sizes = config.sizes(width)
+        sizes, unit = config.sizes(width, config.steps), stride_unit([x.stride(0)])
         conv_kernel[(triton.cdiv(D, sizes["BLOCK"]), chunks.num_chunks)](
-            x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0), D, **sizes,
+            x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0) // unit, D, **sizes, UNIT=unit,
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=output_final_state, SILU=silu,
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -93,10 +98,11 @@ class _CausalConv1d(torch.autograd.Function):
         dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
         d_filter = torch.empty(rows.shape[0], width + 1, D, dtype=torch.float32, device=x.device)
         d_initial = None if initial is None else torch.empty_like(initial)
-        sizes = ctx.config.sizes(width)
+        sizes, unit = ctx.config.sizes(width, ctx.config.backward_steps), stride_unit([x.stride(0), dy.stride(0)])
         conv_backward_kernel[(triton.cdiv(D, sizes["BLOCK"]), rows.shape[0])](
-            x, weight, bias, initial, dy, d_final, dx, d_filter, d_initial, rows, bounds, x.stride(0), dy.stride(0), D,
-            **sizes, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=d_final is not None,
+            x, weight, bias, initial, dy, d_final, dx, d_filter, d_initial, rows, bounds,
+            x.stride(0) // unit, dy.stride(0) // unit, D, **sizes, UNIT=unit,
+            HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=d_final is not None,
             SILU=ctx.silu, num_warps=ctx.config.num_warps,
         )  # fmt: skip
         total = d_filter.sum(0)  # [W+1, D]

@@ -15,11 +15,11 @@ from m1.kernels.triton_math import add_rows, advance_rows, delay_rows, row_of, s
 @triton.jit
 def _inputs(
     x, initial_state, token, start, stop, document, channel, exists, x_token, D,
-    WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """x at the given tokens [STEPS, 1] of a document [start, stop), as fp32; before it, its initial state or zeros."""
     inside = exists & (token >= start) & (token < stop)
-    values = tl.load(x + token.to(tl.int64) * x_token + channel, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + token.to(tl.int64) * (x_token * UNIT) + channel, mask=inside, other=0.0).to(tl.float32)
     if HAS_INITIAL:
         place = token - start + (WIDTH - 1)
         state = initial_state + (document.to(tl.int64) * D + channel) * (WIDTH - 1) + place
@@ -52,7 +52,7 @@ def _filter_parameters(
 @triton.jit
 def conv_kernel(
     x, weight, bias, initial_state, y, final_state, chunks, bounds, x_token, D,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of channels, chunks)."""
@@ -73,13 +73,13 @@ def conv_kernel(
         window = final_state + (document.to(tl.int64) * D + channel) * (WIDTH - 1) - window_start
 
     token = first - STEPS + step
-    before = _inputs(x, initial_state, token, start, end, document, channel, exists, x_token, D, WIDTH, HAS_INITIAL)
+    before = _inputs(x, initial_state, token, start, end, document, channel, exists, x_token, D, WIDTH, UNIT, HAS_INITIAL)
     if HAS_FINAL:
         in_window = exists & (token >= window_start) & (token < start)
         tl.store(window + token, before.to(final_state.dtype.element_ty), mask=in_window)
     for tile in range(first, end, STEPS):
         token = tile + step
-        values = _inputs(x, initial_state, token, start, end, document, channel, exists, x_token, D, WIDTH, False)
+        values = _inputs(x, initial_state, token, start, end, document, channel, exists, x_token, D, WIDTH, UNIT, False)
         out = _filter(values, before, taps, tap, offset, step, WIDTH, STEPS)
         if SILU:
             out *= sigmoid(out)
@@ -105,7 +105,7 @@ def _final_gradient(
 @triton.jit
 def conv_backward_kernel(
     x, weight, bias, initial_state, dy, d_final, dx, d_filter, d_initial, chunks, bounds, x_token, dy_token, D,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of channels, chunks); a program walks its chunk backwards, from one tile after its end.
@@ -129,13 +129,13 @@ def conv_backward_kernel(
         taps, _, offset = _filter_parameters(weight, bias, channel, exists, WIDTH, TAPS, BLOCK, HAS_BIAS)
         num_tiles = tl.cdiv(end - first, STEPS)
         token = first + num_tiles * STEPS + step
-        values = _inputs(x, initial_state, token, start, stop, document, channel, exists, x_token, D, WIDTH, False)
+        values = _inputs(x, initial_state, token, start, stop, document, channel, exists, x_token, D, WIDTH, UNIT, False)
         after = tl.zeros([STEPS, BLOCK], tl.float32)
         for _ in range(num_tiles + 1):
             before = _inputs(
-                x, initial_state, token - STEPS, start, stop, document, channel, exists, x_token, D, WIDTH, HAS_INITIAL
+                x, initial_state, token - STEPS, start, stop, document, channel, exists, x_token, D, WIDTH, UNIT, HAS_INITIAL
             )
-            dy_at = dy + token.to(tl.int64) * dy_token + channel
+            dy_at = dy + token.to(tl.int64) * (dy_token * UNIT) + channel
             gradient = tl.load(dy_at, mask=exists & (token < stop), other=0.0).to(tl.float32)
             if SILU:
                 pre = _filter(values, before, taps, tap, offset, step, WIDTH, STEPS)

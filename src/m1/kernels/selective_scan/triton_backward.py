@@ -36,7 +36,7 @@ def chunk_gradient_kernel(
     dt_token, dt_head, c_token, c_head, z_token, z_head, dy_token, dy_head,
     H,
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    HB: tl.constexpr, PI: tl.constexpr, PJ: tl.constexpr, STAGES: tl.constexpr,
+    HB: tl.constexpr, PI: tl.constexpr, PJ: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """What a chunk's outputs contribute to the gradient of the state that enters it: Σ_t exp(A·S_t)·C_t·∂ỹ_t into `q`.
@@ -67,15 +67,15 @@ def chunk_gradient_kernel(
     narrow_head = tl.reshape(head, [1, HB, 1])
     narrow_exists = (narrow_head < H) & (n < N)
     token = start.to(tl.int64)
-    dt_place = step * dt_token + head * dt_head + row
-    dt_at = dt + token * dt_token
-    dy_place = step * dy_token + head * dy_head + row
-    dy_at = dy + token * dy_token
-    c_place = narrow_step * c_token + narrow_head * c_head + n
-    c_at = C + token * c_token
+    dt_place = step * (dt_token * UNIT) + head * dt_head + row
+    dt_at = dt + token * (dt_token * UNIT)
+    dy_place = step * (dy_token * UNIT) + head * dy_head + row
+    dy_at = dy + token * (dy_token * UNIT)
+    c_place = narrow_step * (c_token * UNIT) + narrow_head * c_head + n
+    c_at = C + token * (c_token * UNIT)
     if HAS_Z:
-        z_place = step * z_token + head * z_head + row
-        z_at = z + token * z_token
+        z_place = step * (z_token * UNIT) + head * z_head + row
+        z_at = z + token * (z_token * UNIT)
     for tile in tl.range(0, length, STEPS, num_stages=STAGES):
         here = exists & (tile + step < length)
         delta = tl.load(dt_at + dt_place, mask=here, other=0.0).to(tl.float32)
@@ -89,14 +89,14 @@ def chunk_gradient_kernel(
         if HAS_Z:
             gate = tl.load(z_at + z_place, mask=here, other=0.0).to(tl.float32)
             grad *= gate * sigmoid(gate)
-            z_at += STEPS * z_token
+            z_at += STEPS * UNIT * z_token
         prefix = tl.expand_dims(total, 0) + tl.cumsum(delta, axis=0)
         decay = tl.exp2(prefix[:, :, :, :, None] * rate)
         gradient = add_rows(gradient, decay, grad[:, :, :, :, None] * c_t[:, None, :, None, :], state_step, STEPS)
         total += tl.sum(delta, axis=0)
-        dt_at += STEPS * dt_token
-        dy_at += STEPS * dy_token
-        c_at += STEPS * c_token
+        dt_at += STEPS * UNIT * dt_token
+        dy_at += STEPS * UNIT * dy_token
+        c_at += STEPS * UNIT * c_token
     tl.store(q + chunk * (H * P * N) + element, tl.expand_dims(gradient, 0), mask=has_element)
     tl.store(delta_sum + chunk * (H * P) + channel, tl.expand_dims(total, 0), mask=exists)
 
@@ -106,17 +106,17 @@ def scan_chunk_backward_kernel(
     x, dt, A, B, C, D, z, dt_bias, dy, entry, q_end, correlation, span_state, span_delta,
     dx, ddt, dA, dB, dC, dD, dz, d_bias, d_initial, chunks,
     x_token, x_head, dt_token, dt_head, b_token, b_head, c_token, c_head, z_token, z_head, dy_token, dy_head,
-    H, x_repeat, b_repeat,
+    H, x_repeat, b_repeat, max_spans,
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    HB: tl.constexpr, PI: tl.constexpr, PJ: tl.constexpr, STAGES: tl.constexpr,
+    HB: tl.constexpr, PI: tl.constexpr, PJ: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, SOFTPLUS: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, SOFTPLUS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk for a block of channels, from the state that enters it and the q that leaves it.
 
     Grid (channel blocks, chunks). dx, ddt, dz are [T, H, P]; dB, dC [T, H, row blocks, N]; dA [chunks, H, P, N], dD and
     d_bias [chunks, H, P], zero for unused chunks. Scratch between the sweeps, fp32: `correlation` [T, H, P], and of each
-    span of a chunk (at most SPANS) `span_state` [chunks, SPANS, H, P, N] and `span_delta` [chunks, SPANS, H, P].
+    span of a chunk `span_state` [chunks, max_spans, H, P, N] and `span_delta` [chunks, max_spans, H, P].
     """
     chunk = tl.program_id(1).to(tl.int64)
     start = tl.load(chunks + chunk * 4)
@@ -155,19 +155,19 @@ def scan_chunk_backward_kernel(
     narrow_exists = (narrow_head < H) & (n < N)
     blocks: tl.constexpr = (P + PI * PJ - 1) // (PI * PJ)
     token = start.to(tl.int64)
-    x_place = step * x_token + head // x_repeat * x_head + row
-    x_at = x + token * x_token
-    dt_place = step * dt_token + head * dt_head + row
-    dt_at = dt + token * dt_token
-    dy_place = step * dy_token + head * dy_head + row
-    dy_at = dy + token * dy_token
-    b_place = narrow_step * b_token + narrow_head // b_repeat * b_head + n
-    b_at = B + token * b_token
-    c_place = narrow_step * c_token + narrow_head * c_head + n
-    c_at = C + token * c_token
+    x_place = step * (x_token * UNIT) + head // x_repeat * x_head + row
+    x_at = x + token * (x_token * UNIT)
+    dt_place = step * (dt_token * UNIT) + head * dt_head + row
+    dt_at = dt + token * (dt_token * UNIT)
+    dy_place = step * (dy_token * UNIT) + head * dy_head + row
+    dy_at = dy + token * (dy_token * UNIT)
+    b_place = narrow_step * (b_token * UNIT) + narrow_head // b_repeat * b_head + n
+    b_at = B + token * (b_token * UNIT)
+    c_place = narrow_step * (c_token * UNIT) + narrow_head * c_head + n
+    c_at = C + token * (c_token * UNIT)
     if HAS_Z:
-        z_place = step * z_token + head * z_head + row
-        z_at = z + token * z_token
+        z_place = step * (z_token * UNIT) + head * z_head + row
+        z_at = z + token * (z_token * UNIT)
     out_at = token * (H * P)
     out_place = step * (H * P) + channel
     partial_at = token * (H * blocks * N)
@@ -175,7 +175,7 @@ def scan_chunk_backward_kernel(
 
     dA_sum = tl.zeros_like(state)
     num_spans = tl.cdiv(length, SPAN)
-    first_span = chunk * SPANS
+    first_span = chunk * max_spans
     for span in range(num_spans):  # forwards: h, hence ∂C, ∂z
         prefix_sum = tl.zeros([PI, HB, PJ], tl.float32)  # of Δ
         for tile in tl.range(span * SPAN, tl.minimum(length, (span + 1) * SPAN), STEPS, num_stages=STAGES):
@@ -205,16 +205,16 @@ def scan_chunk_backward_kernel(
                 slope = weight * (1.0 + gate * (1.0 - weight))
                 tl.store(dz + out_at + out_place, (grad * pre_gate * slope).to(dz.dtype.element_ty), mask=here)
                 grad *= gate * weight
-                z_at += STEPS * z_token
+                z_at += STEPS * UNIT * z_token
             tl.store(correlation + out_at + out_place, grad * tl.sum(read * rate, axis=4), mask=here)
             dA_sum = add_rows(dA_sum, read, (prefix * grad)[:, :, :, :, None], state_step, STEPS)
             dC_t = tl.sum(tl.sum(states * grad[:, :, :, :, None], axis=1), axis=2)
             tl.store(dC + partial_at + partial_place, dC_t.to(dC.dtype.element_ty), mask=narrow_here)
-            x_at += STEPS * x_token
-            dt_at += STEPS * dt_token
-            dy_at += STEPS * dy_token
-            b_at += STEPS * b_token
-            c_at += STEPS * c_token
+            x_at += STEPS * UNIT * x_token
+            dt_at += STEPS * UNIT * dt_token
+            dy_at += STEPS * UNIT * dy_token
+            b_at += STEPS * UNIT * b_token
+            c_at += STEPS * UNIT * c_token
             out_at += STEPS * H * P
             partial_at += STEPS * H * blocks * N
         at_span = first_span + span
@@ -239,11 +239,11 @@ def scan_chunk_backward_kernel(
         num_tiles = tl.cdiv(tl.minimum(length - span * SPAN, SPAN), STEPS)
         for count in tl.range(0, num_tiles, num_stages=STAGES):
             tile = span * SPAN + (num_tiles - 1 - count) * STEPS
-            x_at -= STEPS * x_token
-            dt_at -= STEPS * dt_token
-            dy_at -= STEPS * dy_token
-            b_at -= STEPS * b_token
-            c_at -= STEPS * c_token
+            x_at -= STEPS * UNIT * x_token
+            dt_at -= STEPS * UNIT * dt_token
+            dy_at -= STEPS * UNIT * dy_token
+            b_at -= STEPS * UNIT * b_token
+            c_at -= STEPS * UNIT * c_token
             out_at -= STEPS * H * P
             partial_at -= STEPS * H * blocks * N
             here = exists & (tile + step < length)
@@ -260,7 +260,7 @@ def scan_chunk_backward_kernel(
                 delta, slope = softplus_and_slope(delta)
             delta = tl.where(here, delta, 0.0)
             if HAS_Z:
-                z_at -= STEPS * z_token
+                z_at -= STEPS * UNIT * z_token
                 gate = tl.load(z_at + z_place, mask=here, other=0.0).to(tl.float32)
                 grad *= gate * sigmoid(gate)
             prefix_sum -= tl.sum(delta, axis=0)

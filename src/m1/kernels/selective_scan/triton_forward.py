@@ -29,7 +29,7 @@ def scan_chunk_kernel(
     x_token, x_head, dt_token, dt_head, b_token, b_head, c_token, c_head, z_token, z_head,
     H, x_repeat, b_repeat,
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    HB: tl.constexpr, PI: tl.constexpr, PJ: tl.constexpr, STAGES: tl.constexpr,
+    HB: tl.constexpr, PI: tl.constexpr, PJ: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_FINAL: tl.constexpr,
     SOFTPLUS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
 ):  # fmt: skip
@@ -68,20 +68,20 @@ def scan_chunk_kernel(
     narrow_head = tl.reshape(head, [1, HB, 1])
     narrow_exists = (narrow_head < H) & (n < N)
     token = start.to(tl.int64)
-    x_place = step * x_token + head // x_repeat * x_head + row
-    x_at = x + token * x_token
-    dt_place = step * dt_token + head * dt_head + row
-    dt_at = dt + token * dt_token
-    b_place = narrow_step * b_token + narrow_head // b_repeat * b_head + n
-    b_at = B + token * b_token
+    x_place = step * (x_token * UNIT) + head // x_repeat * x_head + row
+    x_at = x + token * (x_token * UNIT)
+    dt_place = step * (dt_token * UNIT) + head * dt_head + row
+    dt_at = dt + token * (dt_token * UNIT)
+    b_place = narrow_step * (b_token * UNIT) + narrow_head // b_repeat * b_head + n
+    b_at = B + token * (b_token * UNIT)
     if WITH_OUTPUT:
-        c_place = narrow_step * c_token + narrow_head * c_head + n
-        c_at = C + token * c_token
+        c_place = narrow_step * (c_token * UNIT) + narrow_head * c_head + n
+        c_at = C + token * (c_token * UNIT)
         y_place = step * (H * P) + head * P + row
         y_at = y + token * (H * P)
         if HAS_Z:
-            z_place = step * z_token + head * z_head + row
-            z_at = z + token * z_token
+            z_place = step * (z_token * UNIT) + head * z_head + row
+            z_at = z + token * (z_token * UNIT)
 
     for tile in tl.range(0, length, STEPS, num_stages=STAGES):
         here = exists & (tile + step < length)
@@ -104,15 +104,15 @@ def scan_chunk_kernel(
             if HAS_Z:
                 gate = tl.load(z_at + z_place, mask=here, other=0.0).to(tl.float32)
                 out *= gate * sigmoid(gate)
-                z_at += STEPS * z_token
+                z_at += STEPS * UNIT * z_token
             tl.store(y_at + y_place, out.to(y.dtype.element_ty), mask=here)
-            c_at += STEPS * c_token
+            c_at += STEPS * UNIT * c_token
             y_at += STEPS * H * P
         else:
             total += tl.sum(delta, axis=0)
-        x_at += STEPS * x_token
-        dt_at += STEPS * dt_token
-        b_at += STEPS * b_token
+        x_at += STEPS * UNIT * x_token
+        dt_at += STEPS * UNIT * dt_token
+        b_at += STEPS * UNIT * b_token
 
     if not WITH_OUTPUT:
         tl.store(entry + chunk * (H * P * N) + element, tl.expand_dims(state, 0), mask=has_element)

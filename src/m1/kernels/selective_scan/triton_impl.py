@@ -25,6 +25,7 @@ from m1.kernels.launch import num_multiprocessors, with_unit_stride
 from m1.kernels.selective_scan import triton_backward as backward
 from m1.kernels.selective_scan import triton_forward as forward
 from m1.kernels.selective_scan.triton_update import selective_state_update
+from m1.kernels.strides import stride_unit
 
 __all__ = ["ScanConfig", "Tile", "choose_config", "selective_scan", "selective_state_update"]
 
@@ -186,12 +187,13 @@ class _Inputs(NamedTuple):
         """T, H, P."""
         return (self.x.shape[0], self.A.shape[0], self.A.shape[1])
 
-    @property
-    def strides(self) -> dict[str, int]:
-        z = self.x if self.z is None else self.z
-        named = {"x": self.x, "dt": self.dt, "b": self.B, "c": self.C, "z": z}
-        tokens = {f"{name}_token": tensor.stride(0) for name, tensor in named.items()}
-        return tokens | {f"{name}_head": tensor.stride(1) for name, tensor in named.items()}
+    def strides(self, dy: Tensor | None = None) -> dict[str, int]:
+        """Token and head strides of the activations (and of dy), token strides in units of UNIT."""
+        named = {"x": self.x, "dt": self.dt, "b": self.B, "c": self.C, "z": self.x if self.z is None else self.z}
+        named |= {} if dy is None else {"dy": dy}
+        unit = stride_unit([tensor.stride(0) for tensor in named.values()])
+        tokens = {f"{name}_token": tensor.stride(0) // unit for name, tensor in named.items()}
+        return tokens | {f"{name}_head": tensor.stride(1) for name, tensor in named.items()} | {"UNIT": unit}
 
     @property
     def heads(self) -> dict[str, int]:
@@ -219,7 +221,7 @@ def _scan_chunks(
     forward.scan_chunk_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias,
         entry, delta_sum, final_state, y, chunks.rows,
-        **inputs.strides, **inputs.heads, **tile.sizes(P, N),
+        **inputs.strides(), **inputs.heads, **tile.sizes(P, N),
         HAS_D=inputs.D is not None, HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None,
         HAS_ENTRY=entry is not None, HAS_FINAL=final_state is not None, SOFTPLUS=inputs.softplus,
         WITH_OUTPUT=y is not None, **tile.launch,
@@ -253,10 +255,10 @@ def _q_ends(inputs: _Inputs, chunks: ChunkTable, dy: Tensor, d_final: Tensor | N
     H, P, N = inputs.A.shape
     q = torch.empty(chunks.num_chunks, H, P, N, dtype=torch.float32, device=dy.device)
     delta_sum = torch.empty(chunks.num_chunks, H, P, dtype=torch.float32, device=dy.device)
-    strides = {name: stride for name, stride in inputs.strides.items() if name[0] not in "xb"}
+    strides = {name: stride for name, stride in inputs.strides(dy).items() if name[0] not in "xb"}
     backward.chunk_gradient_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
         inputs.dt, inputs.A, inputs.C, inputs.z, inputs.dt_bias, dy, q, delta_sum, chunks.rows,
-        **strides, dy_token=dy.stride(0), dy_head=dy.stride(1), H=H, **tile.sizes(P, N),
+        **strides, H=H, **tile.sizes(P, N),
         HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None, SOFTPLUS=inputs.softplus,
         **tile.launch,
     )  # fmt: skip
@@ -296,9 +298,9 @@ def _scan_chunks_backward(
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, dy,
         entry, q_end, empty(T, H, P), empty(chunks.num_chunks, spans, H, P, N), empty(chunks.num_chunks, spans, H, P),
         dx, ddt, dA, dB, dC, dD, dz, d_bias, d_initial, chunks.rows,
-        **inputs.strides, dy_token=dy.stride(0), dy_head=dy.stride(1), **inputs.heads, **sizes,
-        HAS_D=has_D, HAS_Z=has_z, HAS_BIAS=has_bias, HAS_ENTRY=entry is not None, HAS_END=q_end is not None,
-        HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus, SPAN=SPAN, SPANS=spans, **tile.launch,
+        **inputs.strides(dy), **inputs.heads, max_spans=spans,
+        **sizes, HAS_D=has_D, HAS_Z=has_z, HAS_BIAS=has_bias, HAS_ENTRY=entry is not None, HAS_END=q_end is not None,
+        HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus, SPAN=SPAN, **tile.launch,
     )  # fmt: skip
     dx = _sum_repeats(dx.view(T, inputs.x.shape[1], -1, P))
     dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N))
