@@ -188,7 +188,9 @@ def test_old_log_probs_are_those_of_the_policy_that_sampled():
 
 def test_the_reference_stays_behind():
     model, config = make_model(), make_config(steps=3, kl_weight=0.05)
-    result = grpo(model, TOKENIZER, PROBLEMS, config, sampler=PlainSampler(model), scorer=RewardExactly(), progress=False)
+    sampler = PlainSampler(model)
+    result = grpo(model, TOKENIZER, PROBLEMS, config, sampler=sampler, scorer=RewardExactly(), progress=False)
+    assert len(set(sampler.seeds)) == 3  # and every step samples anew
     divergences = [record["kl"] for record in result.metrics if "kl" in record]
     assert abs(divergences[0]) < 1e-6
     assert divergences[-1] > 1e-3

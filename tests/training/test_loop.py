@@ -16,9 +16,9 @@ from m1.modeling.loading import load_model, load_tokenizer
 from m1.storage import read_run_record
 from m1.training import checkpoint
 from m1.training.checkpoint import list_checkpoints
-from m1.training.loop import Step, TrainingDivergedError, _accumulate, train
+from m1.training.loop import Step, TrainingDivergedError, _accumulate, _train_step, train
 from m1.training.metrics import read_metrics
-from m1.training.optimizer import select_trainable
+from m1.training.optimizer import build_optimizer, gradient_norm, learning_rate_factor, select_trainable
 from m1.training.packing import pack
 from m1.training.run_directory import RunDirectory
 from m1.training.sft import SFTStage
@@ -111,8 +111,18 @@ def test_metrics_have_a_line_a_step(uninterrupted, tmp_path):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all({"loss", "lr", "grad_norm", "tokens", "targets"} <= record.keys() for record in records)
     assert records[-1]["loss"] < records[0]["loss"]
+    expected = [1e-2 * learning_rate_factor(step, make_config()) for step in range(6)]
+    assert [record["lr"] for record in records] == pytest.approx(expected)
     run(tmp_path / "other", log_every=4)
     assert [record["step"] for record in metrics(tmp_path / "other")] == [1, 5, 6]
+
+
+def test_a_step_clips_its_gradient():
+    model, config = tiny.model(), make_config(max_grad_norm=0.1)
+    optimizer = build_optimizer(model, config)
+    record = _train_step(model, optimizer, InterruptedStage(model, config), 0, config, None)
+    assert record["grad_norm"] > 0.5
+    assert gradient_norm(model.parameters()).item() == pytest.approx(0.1, rel=1e-3)
 
 
 def test_frozen_parameters_stay(uninterrupted):
@@ -130,10 +140,11 @@ def test_resumed_is_uninterrupted(tmp_path, uninterrupted, at):
 
 
 def test_interruption_saves_the_running_step(tmp_path, uninterrupted):
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", at=2, failure=lambda: os.kill(os.getpid(), signal.SIGINT))
     assert [path.name for path in list_checkpoints(tmp_path / "out" / "checkpoints")] == ["step-00000003", "step-00000002"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert_equal(run(tmp_path / "out"), uninterrupted[0])
     assert metrics(tmp_path / "out") == uninterrupted[1]
 

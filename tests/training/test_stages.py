@@ -21,7 +21,7 @@ from m1.training.losses import target_states
 from m1.training.metrics import read_metrics
 from m1.training.optimizer import group_of
 from m1.training.packing import pack
-from m1.training.sft import sft
+from m1.training.sft import SFTStage, sft
 from tests.numerics import REL_RMS, rel_rms
 from tests.training import tiny
 
@@ -41,6 +41,17 @@ def test_sft_fits_its_documents(student, precision):
     assert result.last["loss"] < 0.5 * result.metrics[0]["loss"]
     assert all(p.grad is None for p in student.parameters())
     assert not student.training
+
+
+def test_the_loss_is_the_models_own_on_the_same_labels(student):
+    documents, stage = tiny.documents(4), SFTStage(student, tiny.documents(4), SFTConfig(**FAST))
+    expected = 0.0
+    for document in documents:
+        ids = torch.from_numpy(document.token_ids).long()
+        labels = ids.masked_fill(~torch.from_numpy(document.is_target), -100)
+        loss = student(input_ids=ids[None], labels=labels[None], use_cache=False).loss
+        expected += loss.item() * document.num_targets
+    assert stage.backward(pack(documents), 1)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

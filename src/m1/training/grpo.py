@@ -115,7 +115,12 @@ class GRPOStage:
             for sample, advantage in zip(group, of_group, strict=True)
         ]
         metrics = _describe(rewards, groups, num_failed=sum(score.reason is not None for score in scores))
-        metrics |= {"seconds_sampling": round(sampled - began, 4), "seconds_rewards": round(scored - sampled, 4)}
+        num_sampled = sum(len(sample.token_ids) for group in groups for sample in group)
+        metrics |= {
+            "seconds_sampling": round(sampled - began, 4),
+            "seconds_rewards": round(scored - sampled, 4),
+            "sampled_tokens_per_second": round(num_sampled / (sampled - began), 1),
+        }
         return Step(self._updates(rollouts, step), metrics)
 
     def _updates(self, rollouts: list[Rollout], step: int) -> list[list[PolicyBatch]]:
@@ -135,7 +140,7 @@ class GRPOStage:
         known: dict[str, Tensor] = {}
         for name, model in (("old_log_probs", old), ("reference_log_probs", self.reference)):
             if model is not None:
-                known[name] = self._log_probs(model, batch.packed).cpu()
+                known[name] = self._log_probs(model, batch.packed)
         return replace(batch, tokens=replace(batch.tokens, **known)) if known else batch
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from m1.modeling import M1ForCausalLM
 from m1.training.packing import PackedBatch
 
 # Logits of a chunk: enough tokens that reading the head's weight is paid for, few enough for memory (bf16: 2 bytes each).
-CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**28}
+CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**27}
 # fp32 logits of a block: on a CPU a few copies of it stay in the second-level cache (measured: 3x faster than whole chunks).
 BLOCK_LOGITS_ON_CPU = 2**19
 

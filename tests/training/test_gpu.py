@@ -1,0 +1,46 @@
+"""The stages on a GPU: the same losses as on the CPU, and GRPO with the engine."""
+
+import copy
+
+import pytest
+import torch
+
+from m1.config import AlignConfig, DistillConfig, GRPOConfig, SFTConfig
+from m1.training.align import align
+from m1.training.distill import distill
+from m1.training.grpo import grpo
+from m1.training.sft import sft
+from tests.training import tiny
+from tests.training.test_grpo import PROBLEMS, TOKENIZER, RewardExactly, make_config, make_model
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {"steps": 4, "tokens_per_step": 80, "tokens_per_batch": 40, "max_length": 30, "precision": "float32"}
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("stage", ["align", "distill", "sft"])
+def test_losses_are_the_cpus(stage, mixer):
+    student = tiny.model(mixer)
+    teacher, documents = tiny.teacher_of(student), tiny.documents(8)
+    losses = []
+    for device in ("cpu", "cuda"):
+        mine, other = copy.deepcopy(student).to(device), copy.deepcopy(teacher).to(device)
+        if stage == "align":
+            result = align(mine, other, documents, AlignConfig(**SIZES), progress=False)
+        elif stage == "distill":
+            result = distill(mine, other, documents, DistillConfig(**SIZES, ce_weight=0.2), progress=False)
+        else:
+            result = sft(mine, documents, SFTConfig(**SIZES), progress=False)
+        losses.append([record["loss"] for record in result.metrics])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_grpo_with_the_engine(precision):
+    model = make_model().to("cuda")
+    config: GRPOConfig = make_config(steps=20, samples_per_problem=32, tokens_per_batch=600, precision=precision)
+    result = grpo(model, TOKENIZER, PROBLEMS, config, scorer=RewardExactly(), progress=False)
+    assert result.last["reward"] > 0.8
+    assert result.last["log_prob_gap"] < (1e-3 if precision == "float32" else 0.05)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
