@@ -24,27 +24,27 @@ class Recipe:
     )
     num_train_problems: int = 1500
     num_heldout_problems: int = 64
-    num_teacher_problems: int = 500
+    num_teacher_problems: int = 320
     max_new_tokens: int = 24
     num_samples: int = 8
     temperature: float = 0.7
     mixer: str = "mamba2"
     teach: SFTConfig = field(
-        default_factory=lambda: SFTConfig(steps=32, learning_rate=1e-4, warmup_steps=3, suffix="", **PACKING)
+        default_factory=lambda: SFTConfig(steps=30, learning_rate=1e-4, warmup_steps=3, suffix="", **PACKING)
     )
     align: AlignConfig = field(
-        default_factory=lambda: AlignConfig(steps=30, mixer_learning_rate=1e-3, warmup_steps=3, **PACKING)
+        default_factory=lambda: AlignConfig(steps=28, mixer_learning_rate=1e-3, warmup_steps=3, **PACKING)
     )
     distill: DistillConfig = field(
         default_factory=lambda: DistillConfig(
-            steps=28, learning_rate=3e-5, mixer_learning_rate=3e-4, warmup_steps=3, loss_on="all", **PACKING
+            steps=22, learning_rate=3e-5, mixer_learning_rate=3e-4, warmup_steps=3, loss_on="all", **PACKING
         )
     )
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=6, learning_rate=3e-5, warmup_steps=1, suffix="", **PACKING))
     grpo: GRPOConfig = field(
         default_factory=lambda: GRPOConfig(
             steps=3,
-            problems_per_step=8,
+            problems_per_step=6,
             samples_per_problem=8,
             tokens_per_batch=4096,
             max_length=512,
@@ -61,13 +61,12 @@ def recipe_for(device: str, precision: str, seed: int) -> Recipe:
     if device == "cuda":
         recipe = replace(
             recipe,
-            num_heldout_problems=128,
             num_teacher_problems=1200,
             teach=replace(recipe.teach, steps=48),
-            align=replace(recipe.align, steps=60),
-            distill=replace(recipe.distill, steps=80),
+            align=replace(recipe.align, steps=40),
+            distill=replace(recipe.distill, steps=60),
             sft=replace(recipe.sft, steps=12),
-            grpo=replace(recipe.grpo, steps=8, problems_per_step=16, tokens_per_batch=16384),
+            grpo=replace(recipe.grpo, steps=6, problems_per_step=16, tokens_per_batch=16384),
         )
     common: dict[str, Any] = {"device": device, "precision": precision, "seed": seed}
     stages = ("teach", "align", "distill", "sft", "grpo")
