@@ -84,6 +84,7 @@ class Scheduler:
         num_admitted = self._admit(batch, budget)
         if not (batch.num_tokens or num_admitted) and self.running:
             self._unblock()
+        batch.decode.sort(key=lambda sequence: sequence.slot or 0)  # neighbouring states are stepped without being gathered
         batch.moves = self.cache.take_moves()
         return batch
 

@@ -113,13 +113,15 @@ class ModelState:
     ) -> None:
         self.config, self.page_size = config, page_size
         page = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
-        window = (num_slots, conv_channels(config), config.d_conv - 1)
+        window = (num_slots, config.d_conv - 1, conv_channels(config))
         is_mixer = [kind == LINEAR_ATTENTION for kind in config.layer_types]
 
         def for_layers(wanted: bool, shape: tuple[int, ...], kind: torch.dtype) -> list[Tensor | None]:
             return [torch.zeros(shape, dtype=kind, device=device) if m is wanted else None for m in is_mixer]
 
-        self.conv_states = for_layers(True, window, dtype)
+        self.conv_states = [None if t is None else t.mT for t in for_layers(True, window, dtype)]
+        if torch.device(device).type != "cpu":  # on a CPU, channels side by side in memory let a step work on rows of them
+            self.conv_states = [None if t is None else t.contiguous() for t in self.conv_states]
         self.ssm_states = for_layers(True, (num_slots, *ssm_state_shape(config)), state_dtype)
         self.key_pages = for_layers(False, page, dtype)
         self.value_pages = for_layers(False, page, dtype)

@@ -136,10 +136,11 @@ def _decode(
 def write_kv(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, kv_slots: Tensor) -> None:
     """See m1.kernels.attention.write_kv."""
     is_kept = kv_slots >= 0
-    slots, page_size = kv_slots[is_kept], key_pages.shape[1]
-    where = (slots // page_size, slots % page_size)
-    key_pages[where] = k[is_kept].to(key_pages.dtype)
-    value_pages[where] = v[is_kept].to(value_pages.dtype)
+    if not is_kept.all():
+        k, v, kv_slots = k[is_kept], v[is_kept], kv_slots[is_kept]
+    where = (kv_slots // key_pages.shape[1], kv_slots % key_pages.shape[1])
+    key_pages[where] = k.to(key_pages.dtype)
+    value_pages[where] = v.to(value_pages.dtype)
 
 
 def _groups_of_like_length(lengths: list[int]) -> list[tuple[list[int], int]]:
