@@ -74,7 +74,7 @@ def read_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, loss
     epochs = config.steps * config.tokens_per_step / tokens
     return documents, (
         f"{len(documents):,} documents from {len(rows):,} rows, {tokens:,} tokens, {targets:,} of them targets; "
-        f"{config.steps * config.tokens_per_step:,} tokens are {epochs:.2g} epochs"
+        f"{config.steps * config.tokens_per_step:,} tokens are {epochs:,.1f} epochs"
     )
 
 

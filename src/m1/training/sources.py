@@ -112,7 +112,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}, line {number}"
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from error
             except UnicodeDecodeError as error:
