@@ -153,7 +153,7 @@ def run(config: ConvertConfig) -> None:
         hybrid = hybrid_config(base_config, config.attention_layers, config.attention_fraction, config.mixer, config.start)
         texts = list(itertools.islice(read_texts(config.calibration), config.calibration_tokens))  # a row is a token or more
         _announce(config, hybrid)
-        model, tokenizer, fits = _convert_for(config, source, texts)
+        model, tokenizer, fits = _convert_for(config, source, texts, len(hybrid.mixer_layers))
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         facts = {"layer_types": hybrid.layer_types, "fits": [dataclasses.asdict(fit) for fit in fits]}
@@ -188,13 +188,13 @@ def _working_dtype(config: ConvertConfig) -> torch.dtype:
 
 
 def _convert_for(
-    config: ConvertConfig, source: str | gguf.GgufFile, texts: list[Text]
+    config: ConvertConfig, source: str | gguf.GgufFile, texts: list[Text], num_mixers: int
 ) -> tuple[M1ForCausalLM, PreTrainedTokenizerBase, list[LayerFit]]:
     """The hybrid in the dtype to be written, on the CPU; the tokenizer; what was fitted."""
     base: Any
     base, tokenizer = load_base(source, dtype=_working_dtype(config))
     fits: list[LayerFit] = []
-    with tqdm(desc="fit", unit=" layers", disable=not texts) as bar:
+    with tqdm(total=num_mixers, desc="fit", unit=" layers", disable=not texts) as bar:
 
         def on_layer(fit: LayerFit) -> None:
             fits.append(fit)
