@@ -60,8 +60,8 @@ def test_every_stage_takes_what_the_one_before_it_gave(base, data, tmp_path, cap
     m1("align", "--model", out["hybrid"], "--teacher", base, "--data", data, "--out", out["aligned"], *STEPS)
     m1("distill", "--model", out["aligned"], "--teacher", base, "--data", data, "--out", out["distilled"], *STEPS)
     m1("sft", "--model", out["distilled"], "--data", data, "--out", out["sft"], *STEPS)
-    m1("grpo", "--model", out["sft"], "--data", data, "--out", out["grpo"], *STEPS, "--max-new-tokens", 4, "--problems-per-step",
-       2, "--samples-per-problem", 2, "--suffix", "")  # fmt: skip
+    m1("grpo", "--model", out["sft"], "--data", data, "--out", out["grpo"], *STEPS, "--max-new-tokens", 4,
+       "--problems-per-step", 2, "--samples-per-problem", 2, "--suffix", "")  # fmt: skip
 
     record = read_run_record(out["grpo"])
     assert [one["command"] for one in record["history"]] == ["convert", "align", "distill", "sft"]

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from m1.engine import SamplingParams
+from m1.engine.packing import PackedLinear, can_pack
 from m1.modeling import M1ForCausalLM
 from tests.engine.models import random_prompts, tiny_engine, tiny_model
+from tests.numerics import REL_RMS, rel_rms
 
 PROMPTS = random_prompts((3, 9, 20))
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -84,10 +86,12 @@ def test_a_copy_takes_named_parameters_and_refuses_others():
 def test_tied_weights_stay_tied_in_a_copy():
     model = tiny_model(tie_word_embeddings=True)
     engine = tiny_engine(model, dtype=torch.bfloat16)
-    assert engine.model.lm_head.weight is engine.model.model.embed_tokens.weight
     train(model)
     engine.update_weights()
-    assert torch.equal(engine.model.lm_head.weight, model.lm_head.weight.bfloat16())
+    with torch.no_grad():
+        units = torch.eye(32, dtype=torch.bfloat16)
+        assert torch.equal(engine.model.lm_head(units), model.lm_head.weight.bfloat16().T)
+        assert torch.equal(engine.model.model.embed_tokens.weight, model.lm_head.weight.bfloat16())
 
 
 def test_the_dynamics_of_a_copy_stay_exact():
@@ -130,3 +134,26 @@ def test_sleep_frees_states_and_waking_goes_on():
     while engine.has_work:
         engine.step()
     assert [[r.completions[0].token_ids] for r in requests] == [[c.token_ids for c in row] for row in expected]
+
+
+@pytest.mark.skipif(not can_pack(torch.ones(1, dtype=torch.bfloat16)), reason="this CPU multiplies no packed bf16 weights")
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+def test_a_packed_linear_is_a_linear(rows):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 80).bfloat16()
+    packed = PackedLinear(linear)
+    x = torch.randn(rows, 48).bfloat16()
+    with torch.no_grad():
+        assert rel_rms(packed(x), linear(x)) < REL_RMS[torch.bfloat16]
+        other = torch.nn.Linear(48, 80)
+        packed.load(other.weight)
+        expected = torch.nn.functional.linear(x, other.weight.bfloat16(), linear.bias)
+        assert rel_rms(packed(x), expected) < REL_RMS[torch.bfloat16]
+
+
+def test_weights_of_the_engines_own_are_packed_and_shared_ones_are_not():
+    model = tiny_model().bfloat16()
+    assert isinstance(tiny_engine(model).model.lm_head, torch.nn.Linear)
+    copied = tiny_engine(tiny_model(), dtype=torch.bfloat16).model
+    assert isinstance(copied.lm_head, PackedLinear) == can_pack(copied.model.embed_tokens.weight)
+    assert isinstance(tiny_model().lm_head, torch.nn.Linear)

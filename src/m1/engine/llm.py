@@ -26,7 +26,7 @@ from m1.engine.runner import ModelRunner
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.scheduler import Scheduler
 from m1.engine.sequence import Completion, Delta, Request
-from m1.engine.weights import copy_weights, sampling_copy
+from m1.engine.weights import copy_weights, for_sampling, sampling_copy
 from m1.modeling.hybrid import M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 
@@ -61,6 +61,7 @@ class Engine:
     together. max_model_len: longest prompt with completion. page_size: tokens a page of keys and values, and granularity of
     prefix caching. num_slots, num_pages: sizes of the state, else chosen from memory_fraction of the free memory.
     dtype: of weights and activations, the model's unless given; a dtype other than a given model's makes a copy for sampling.
+    On a CPU, bf16 weights of the engine's own (a path, a copy) are laid out for its matrix units and sample fastest.
     state_dtype: of SSM states.
     enable_prefix_caching: keep states and pages of prompts for later prompts that begin alike.
     Raises ValueError for contradicting sizes, MemoryError for a model that does not fit.
@@ -301,7 +302,7 @@ def _load(source: str | Path, dtype: torch.dtype | None, device: torch.device | 
     """A checkpoint's model in its own dtype, or in another one with the mixers' dynamics as exact as they are stored."""
     stored = load_config(source).dtype
     model = load_model(source, dtype=stored if isinstance(stored, torch.dtype) else torch.float32, device=device)
-    return model if dtype in (None, model.model.embed_tokens.weight.dtype) else sampling_copy(model, dtype)
+    return for_sampling(model) if dtype in (None, model.model.embed_tokens.weight.dtype) else sampling_copy(model, dtype)
 
 
 def _eos_ids(model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

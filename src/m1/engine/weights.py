@@ -1,19 +1,21 @@
 """The sampler's weights: the trainer's own tensors, or a copy in another dtype that follows them. No loading from disk here."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from m1.engine.packing import PackedLinear, can_pack, pack_linears
 from m1.modeling.hybrid import M1ForCausalLM
 
 # Few numbers with exponentials behind them: rounding them would change the dynamics, and the kernels take them in fp32.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", "mixer.D")
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype) -> M1ForCausalLM:
-    """A model in eval mode with its own weights in `dtype` (the mixers' dynamics stay fp32) and the same ties between them."""
+    """A model in eval mode with weights of its own in `dtype` (the mixers' dynamics stay fp32), laid out for sampling."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     copies = {
         id(parameter): nn.Parameter(
@@ -21,7 +23,16 @@ def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype) -> M1ForCausalLM:
         )
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, copies).eval()
+    sampler = copy.deepcopy(model, copies).eval()
+    copies.clear()  # or no weight could be freed once it is laid out anew
+    return for_sampling(sampler)
+
+
+def for_sampling(model: M1ForCausalLM) -> M1ForCausalLM:
+    """Lay out a model that nobody else uses for the device it is on."""
+    if can_pack(model.model.embed_tokens.weight):
+        pack_linears(model)
+    return model
 
 
 def _copy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -30,21 +41,27 @@ def _copy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def copy_weights(source: Iterable[tuple[str, Tensor]], target: M1ForCausalLM) -> None:
-    """Overwrite every parameter of `target` with the one of its name in `source`.
+    """Overwrite every weight of `target` with the one of its name in `source`.
 
-    Raises ValueError for an unknown name, another shape, or a parameter that `source` leaves out; a tied parameter may come
-    under either of its names.
+    Raises ValueError for an unknown name, another shape, or a weight that `source` leaves out; a tied one may come under
+    either of its names.
     """
-    parameters = dict(target.named_parameters(remove_duplicate=False))
-    missing = {id(parameter): name for name, parameter in parameters.items()}
+    places: dict[str, tuple[torch.Size, Callable[[Tensor], object]]] = {}
+    for name, parameter in target.named_parameters(remove_duplicate=False):
+        places[name] = (parameter.shape, parameter.copy_)
+    for name, module in target.named_modules():
+        if isinstance(module, PackedLinear):
+            places[f"{name}.weight"] = (module.shape, module.load)
+    twins = dict(zip(TIED, reversed(TIED), strict=True)) if target.config.tie_word_embeddings else {}
+    missing = set(places)
     for name, tensor in source:
-        if name not in parameters:
+        if name not in places:
             raise ValueError(f"update_weights: the model has no parameter {name!r}; is it another model's?")
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(
-                f"update_weights: {name!r} expected shape {list(parameters[name].shape)}, given {list(tensor.shape)}"
-            )
-        parameters[name].copy_(tensor)
-        missing.pop(id(parameters[name]), None)
+        shape, _ = places[name]
+        if tensor.shape != shape:
+            raise ValueError(f"update_weights: {name!r} expected shape {list(shape)}, given {list(tensor.shape)}")
+        for place in {name, twins.get(name, name)}:
+            places[place][1](tensor)
+            missing.discard(place)
     if missing:
-        raise ValueError(f"update_weights: {len(missing)} parameters were not given, such as {min(missing.values())!r}")
+        raise ValueError(f"update_weights: {len(missing)} parameters were not given, such as {min(missing)!r}")
