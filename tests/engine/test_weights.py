@@ -96,9 +96,9 @@ def test_tied_weights_stay_tied_in_a_copy():
 
 def test_the_dynamics_of_a_copy_stay_exact():
     model = tiny_model()
-    mixer = tiny_engine(model, dtype=torch.bfloat16).model.model.layers[0].mixer
-    assert torch.equal(mixer.A_log, model.model.layers[0].mixer.A_log)
-    assert mixer.in_proj.weight.dtype == torch.bfloat16
+    layer = tiny_engine(model, dtype=torch.bfloat16).model.model.layers[0]
+    assert torch.equal(layer.mixer.A_log, model.model.layers[0].mixer.A_log)
+    assert layer.input_layernorm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
