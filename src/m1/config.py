@@ -262,7 +262,7 @@ def read_recipe(path: str | Path, command: str) -> dict[str, Any]:
 
 
 def build(command: str, values: dict[str, Any], source: str) -> Any:
-    """The dataclass of `command` from plain values; ValueError names a value of the wrong type. `source` says where it stood."""
+    """The dataclass of `command` from plain values; ValueError names one of the wrong type and where it stood (`source`)."""
     cls = COMMANDS[command]
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
