@@ -38,5 +38,5 @@ def test_every_device_gets_a_module_that_exists(package: str, monkeypatch: pytes
     assert has_kernel == (package not in dispatch.REFERENCE_ONLY)
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "use_triton", lambda tensor: True)
-    expected = "triton_impl" if has_kernel else "reference"
+    expected = "triton_impl" if has_kernel and package not in dispatch.UNVERIFIED else "reference"
     assert dispatch.implementation_for(tensor, package).__name__ == f"{package}.{expected}"

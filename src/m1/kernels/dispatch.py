@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 REFERENCE_ONLY = frozenset({"m1.kernels.ssd"})  # packages without a Triton kernel: the reference serves every device
+# Kernels that agree with their reference in Triton's interpreter, but have not been compared with it on a GPU yet
+# (`pytest -m gpu tests/kernels`): until they have, the reference serves.
+UNVERIFIED = frozenset({"m1.kernels.selective_scan"})
 
 
 @functools.cache
@@ -30,7 +33,7 @@ def use_triton(tensor: Tensor) -> bool:
 
 def implementation_for(tensor: Tensor, package: str) -> ModuleType:
     """The module of an op's `package` that computes for `tensor`: its triton_impl or its reference, imported when used."""
-    is_triton = use_triton(tensor) and package not in REFERENCE_ONLY
+    is_triton = use_triton(tensor) and package not in REFERENCE_ONLY | UNVERIFIED
     return importlib.import_module(f"{package}.triton_impl" if is_triton else f"{package}.reference")
 
 

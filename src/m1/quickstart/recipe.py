@@ -61,12 +61,12 @@ def recipe_for(device: str, precision: str, seed: int) -> Recipe:
     if device == "cuda":
         recipe = replace(
             recipe,
-            num_teacher_problems=1200,
+            num_teacher_problems=600,
             teach=replace(recipe.teach, steps=48),
-            align=replace(recipe.align, steps=40),
-            distill=replace(recipe.distill, steps=60),
+            align=replace(recipe.align, steps=30),
+            distill=replace(recipe.distill, steps=40),
             sft=replace(recipe.sft, steps=12),
-            grpo=replace(recipe.grpo, steps=6, problems_per_step=16, tokens_per_batch=16384),
+            grpo=replace(recipe.grpo, steps=3, problems_per_step=16, tokens_per_batch=16384),
         )
     common: dict[str, Any] = {"device": device, "precision": precision, "seed": seed}
     stages = ("teach", "align", "distill", "sft", "grpo")

@@ -3,12 +3,14 @@
 The order of things and what is measured when; the numbers are in recipe.py, the page in page.py.
 """
 
+import copy
 import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +21,6 @@ from m1.config import QuickstartConfig
 from m1.conversion.convert import convert, import_base
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
-from m1.engine.weights import sampling_copy
 from m1.evaluation.runner import evaluate, read_records
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
@@ -98,7 +99,8 @@ class Quickstart:
         recipe, seed = self.recipe, self.config.seed
         with self.stage("teach the Transformer the problems (SFT)"):
             self.keep_curve("teach the Transformer", sft(transformer, self.solutions, recipe.teach))
-        self.teacher: M1ForCausalLM = sampling_copy(transformer, self.dtype)
+        teacher: Any = copy.deepcopy(transformer)
+        self.teacher: M1ForCausalLM = teacher.to(self.dtype).requires_grad_(False).eval()
         self.measure_accuracy("Transformer", "before SFT", self.teacher)
         with self.stage("let it answer, for the hybrid to learn from"):
             params = SamplingParams(temperature=1.0, max_tokens=recipe.max_new_tokens, seed=seed)
