@@ -176,7 +176,7 @@ class ModelRunner:
         self.top_k[slots] = self._index([max(p.top_k, 0) for p in params])
         for rows, values in (
             (self.temperature, [p.temperature for p in params]),
-            (self.top_p, [1.0 for p in params]),
+            (self.top_p, [p.top_p for p in params]),
             (self.min_p, [p.min_p for p in params]),
         ):
             rows[slots] = rows.new_tensor(values)
