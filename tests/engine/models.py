@@ -1,7 +1,7 @@
 """Tiny models with random weights, and a tokenizer of single bytes, for the engine's tests."""
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ VARIANTS = {
     "dense": {"layer_types": [FULL] * 3},
 }
 EOS = 256
-SPECIAL_TOKENS = ["<eos>", "<pad>"]
+SPECIAL_TOKENS = ["<eos>", "<pad>", "<bos>"]
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -51,7 +51,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0], pad_token=SPECIAL_TOKENS[1])
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", EOS + 2)])
+    eos, pad, bos = SPECIAL_TOKENS
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, bos_token=bos)
     assert fast.eos_token_id == EOS
     return fast
 

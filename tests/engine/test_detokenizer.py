@@ -10,10 +10,14 @@ from tests.engine.models import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 
 
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
 def push_all(text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
     """Pieces handed out after each token of `text`, the last one included."""
     detokenizer, pieces = Detokenizer(TOKENIZER, stop), []
-    for token in TOKENIZER.encode(text):
+    for token in encode(text):
         detokenizer.push([token])
         pieces.append(detokenizer.take(is_last=False))
         if detokenizer.is_stopped:
@@ -59,6 +63,6 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none():
 
 def test_special_tokens_are_no_text():
     detokenizer = Detokenizer(TOKENIZER, ())
-    detokenizer.push([TOKENIZER.encode("a")[0], TOKENIZER.eos_token_id, TOKENIZER.encode("b")[0]])
+    detokenizer.push([encode("a")[0], TOKENIZER.eos_token_id, encode("b")[0]])
     detokenizer.finish()
     assert detokenizer.text == "ab"

@@ -53,6 +53,17 @@ def test_forks_are_greedy_sequences_of_their_own(model):
         assert [c.index for c in completions] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("filter", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}], ids=str)
+def test_every_sampling_value_reaches_the_sampler(filter):
+    """Each at its extreme leaves only the most likely token; in one batch with a request that is free to choose."""
+    model = tiny_model(initializer_range=0.1)
+    prompts = random_prompts((6, 6))
+    values = SamplingParams(seed=1, max_tokens=10, **filter)
+    (greedy,), (free,) = tiny_engine(model).generate(prompts, [values, SamplingParams(seed=1, max_tokens=10)])
+    assert greedy.token_ids == hf_greedy(model, prompts[0], 10)
+    assert free.token_ids != hf_greedy(model, prompts[1], 10)
+
+
 SCHEDULES = {
     "one at a time": {"max_num_seqs": 1, "max_num_batched_tokens": 64},
     "two at a time": {"max_num_seqs": 2},

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-import torch
 
 from m1.engine import Engine, SamplingParams
 from tests.engine.models import EOS, VOCABULARY, assert_all_free, byte_tokenizer, random_prompts, tiny_engine, tiny_model
@@ -71,14 +70,17 @@ def test_stop_strings_and_stop_tokens_cut_the_same_tokens(engine):
 
     token = free.token_ids[20]
     place = free.token_ids.index(token)
-    stopped = engine.generate(["abc"], SamplingParams(seed=3, max_tokens=40, ignore_eos=True, stop_token_ids=[token]))[0][0]
-    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: place + 1], "stop")
-    assert stopped.text == engine.tokenizer.decode(free.token_ids[:place])
+    for stop in (None, "never!"):  # text made at the end, and as it comes
+        params = SamplingParams(seed=3, max_tokens=40, ignore_eos=True, stop_token_ids=[token], stop=stop)
+        stopped = engine.generate(["abc"], params)[0][0]
+        assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: place + 1], "stop")
+        assert stopped.text == engine.tokenizer.decode(free.token_ids[:place])
 
 
-def test_a_completion_ends_at_max_model_len(model):
+@pytest.mark.parametrize("max_tokens", [None, 50])
+def test_a_completion_ends_at_max_model_len(model, max_tokens):
     engine = tiny_engine(model, max_model_len=20)
-    completion = engine.generate(random_prompts((12,)), SamplingParams(max_tokens=None, ignore_eos=True))[0][0]
+    completion = engine.generate(random_prompts((12,)), SamplingParams(max_tokens=max_tokens, ignore_eos=True))[0][0]
     assert len(completion.token_ids) == 8
     assert completion.finish_reason == "length"
 
@@ -87,14 +89,16 @@ def test_messages_are_templated(engine):
     engine.tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
     )
-    params = SamplingParams(temperature=0, max_tokens=4)
-    templated = engine.generate([[{"role": "user", "content": "hi"}]], params)
-    assert templated == engine.generate(["<user>hi<reply>"], params)
+    prompt = engine.submit([{"role": "user", "content": "hi"}], SamplingParams()).prompt
+    assert engine.tokenizer.decode(prompt) == "<user>hi<reply>"  # a template writes its own special tokens
+
+
+def test_text_gets_the_tokenizers_special_tokens(engine):
+    assert engine.tokenizer.decode(engine.submit("hi", SamplingParams()).prompt) == "<bos>hi"
 
 
 BAD_PROMPTS = {
     "empty ids": ([], "empty"),
-    "empty text": ("", "empty"),
     "too long": ([1] * 128, "128 tokens, but max_model_len 128"),
     "outside the vocabulary": ([1, 2, VOCABULARY], f"token 2 is {VOCABULARY}"),
     "negative": ([-1], "token 0 is -1"),
@@ -234,7 +238,7 @@ def test_leaving_a_stream_aborts_it_and_a_bad_one_fails_alone(engine):
         good = asyncio.create_task(collect(engine.stream("abc", SamplingParams(seed=4, max_tokens=20, ignore_eos=True))))
         await asyncio.sleep(0)
         with pytest.raises(ValueError, match="empty"):
-            engine.stream("", SamplingParams())
+            engine.stream([], SamplingParams())
         await leave()
         return await good
 
@@ -269,7 +273,8 @@ def test_metrics_count(engine):
     assert metrics.page_use == metrics.slot_use == 0
 
 
-def test_sizes_that_contradict_are_refused(model):
+def test_sizes_that_contradict_or_do_not_fit_are_refused(model, monkeypatch):
+    monkeypatch.setattr("m1.engine.capacity.available_memory", lambda: 2**24)
     with pytest.raises(ValueError, match="num_pages"):
         tiny_engine(model, num_pages=4, max_model_len=100)
     with pytest.raises(ValueError, match="num_slots"):
@@ -277,8 +282,8 @@ def test_sizes_that_contradict_are_refused(model):
     with pytest.raises(ValueError, match="memory_fraction"):
         tiny_engine(model, memory_fraction=0)
     with pytest.raises(MemoryError, match="max_model_len"):
-        tiny_engine(model, max_model_len=10**6, memory_fraction=1e-5)
+        tiny_engine(model, max_model_len=10**6)
     with pytest.raises(MemoryError, match="max_num_seqs"):
-        tiny_engine(model, max_num_seqs=10**6, max_num_batched_tokens=2 * 10**6, memory_fraction=1e-5)
+        tiny_engine(model, max_num_seqs=10**6, max_num_batched_tokens=2 * 10**6)
     assert tiny_engine(model, num_pages=10).capacity.max_model_len == 40
-    assert torch.is_tensor(tiny_engine(model).runner.tokens)
+    assert tiny_engine(model, memory_fraction=0.0075).capacity.max_model_len < 128  # rather a shorter limit than no engine

@@ -154,6 +154,7 @@ def test_a_packed_linear_is_a_linear(rows):
 def test_weights_of_the_engines_own_are_packed_and_shared_ones_are_not():
     model = tiny_model().bfloat16()
     assert isinstance(tiny_engine(model).model.lm_head, torch.nn.Linear)
-    copied = tiny_engine(tiny_model(), dtype=torch.bfloat16).model
+    copied = tiny_engine(tiny_model().train(), dtype=torch.bfloat16).model
     assert isinstance(copied.lm_head, PackedLinear) == can_pack(copied.model.embed_tokens.weight)
+    assert not copied.training
     assert isinstance(tiny_model().lm_head, torch.nn.Linear)

@@ -252,7 +252,6 @@ class Engine:
         for request in {s.request.number: s.request for s in (*self.scheduler.running, *self.scheduler.waiting)}.values():
             request.error = error
             self._abort(request)
-        self.cache.take_moves()
         self.cache.forget_prefixes()
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
