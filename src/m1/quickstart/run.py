@@ -5,7 +5,10 @@ The order of things and what is measured when; the numbers are in recipe.py, the
 
 import copy
 import dataclasses
+import gc
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +41,7 @@ from m1.training.loop import TrainResult
 from m1.training.packing import Document
 from m1.training.sft import sft
 
-NEEDED_MEMORY = 6 * GIB
+NEEDED_MEMORY = 8 * GIB
 NEEDED_DISK = 2 * GIB
 
 
@@ -104,11 +107,11 @@ class Quickstart:
         self.measure_accuracy("Transformer", "before SFT", self.teacher)
         with self.stage("let it answer, for the hybrid to learn from"):
             params = SamplingParams(temperature=1.0, max_tokens=recipe.max_new_tokens, seed=seed)
-            engine = self.engine_of(self.teacher)
             problems = self.train_problems[: recipe.num_teacher_problems]
-            # Mixers learn from every token, problems included; what is compared on held-out text is the answers alone.
-            self.documents: list[Document] = answers_of(engine, problems, self.tokenizer, params, "all")
-            self.heldout_documents: list[Document] = answers_of(engine, self.heldout, self.tokenizer, params, "completion")
+            with self.sampler(self.teacher) as engine:
+                # Mixers learn from every token, problems included; what is compared on held-out text is the answers alone.
+                self.documents: list[Document] = answers_of(engine, problems, self.tokenizer, params, "all")
+                self.heldout_documents: list[Document] = answers_of(engine, self.heldout, self.tokenizer, params, "completion")
 
     def make_hybrid(self) -> M1ForCausalLM:
         """Convert, align and distil, with KL and agreement to the teacher after each."""
@@ -182,26 +185,33 @@ class Quickstart:
 
     def measure_accuracy(self, name: str, stage: str, model: M1ForCausalLM) -> None:
         recipe = self.recipe
-        engine = self.engine_of(model)
         params = {"temperature": recipe.temperature, "max_tokens": recipe.max_new_tokens, "seed": self.config.seed}
         path = self.records_path(name, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        summary = evaluate(
-            self.heldout,
-            engine_backend(engine),
-            num_samples=recipe.num_samples,
-            params=params,
-            records_path=path,
-            to_prompt=to_prompt,
-            batch_size=len(self.heldout),
-        )
-        summary["tokens_per_second"] = engine.metrics.tokens_per_second
+        with self.sampler(model) as engine:
+            summary = evaluate(
+                self.heldout,
+                engine_backend(engine),
+                num_samples=recipe.num_samples,
+                params=params,
+                records_path=path,
+                to_prompt=to_prompt,
+                batch_size=len(self.heldout),
+            )
+            summary["tokens_per_second"] = engine.metrics.tokens_per_second
         self.findings.accuracy.setdefault(name, {})[stage] = summary
         self.say(accuracy_line(name, stage, summary))
 
-    def engine_of(self, model: M1ForCausalLM) -> Engine:
-        """A sampler that leaves memory to the two models and their training."""
-        return Engine(model.eval(), self.tokenizer, dtype=self.dtype, memory_fraction=0.2)
+    @contextmanager
+    def sampler(self, model: M1ForCausalLM) -> Iterator[Engine]:
+        """An engine for a while: it leaves memory to the models and their training, and gives back its own at the end."""
+        engine = Engine(model.eval(), self.tokenizer, dtype=self.dtype, memory_fraction=0.1)
+        try:
+            yield engine
+        finally:
+            engine.sleep()
+            del engine
+            gc.collect()  # what an engine holds of itself in circles, its copy of the weights among it
 
     def records_path(self, name: str, stage: str) -> Path:
         return self.out / "records" / f"{name}-{stage}.jsonl"
@@ -232,6 +242,7 @@ class Quickstart:
         """results.json, report.html, and what to do next."""
         found = self.findings
         found.setting |= {
+            "command": shlex.join(["m1", *sys.argv[1:]]),
             "base": self.config.base,
             "device": describe_device(self.device),
             "precision": str(self.dtype).removeprefix("torch."),
