@@ -6,11 +6,12 @@
 The default model has SmolLM2-135M's dimensions, every fourth layer attention, the others Mamba-1, and random weights. End
 tokens are ignored and every completion has a length of its own, so both sides count the same tokens. Workloads:
 
-    equal    one batch, all completions equally long: no waiting, what one decode step costs
-    mixed    lengths as a reasoner's (log-normal); `generate` runs its padded batch until the longest is done
+    equal    one batch, all completions equally long: nobody waits for anybody, so this compares the steps alone
+    mixed    more requests than fit at once, of lengths as a reasoner's (log-normal): `generate` takes one batch after the
+             other and runs each until its longest is done; the engine fills every place that becomes free
     samples  the same with several samples of each prompt, which the engine prefills once
 
-`generate` gets its best case: all sequences in one batch, no filter but the temperature.
+Both sides run the same number of sequences at once. `generate` filters by nothing but the temperature.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def smollm2_sized(mixer: str) -> M1ForCausalLM:
     return M1ForCausalLM(config).eval()
 
 
-def workloads(vocab_size: int, num_sequences: int, num_samples: int, mean: int, longest: int) -> list[Workload]:
+def workloads(vocab_size: int, arguments: argparse.Namespace) -> list[Workload]:
     rng = random.Random(0)
 
     def prompt() -> list[int]:
@@ -92,14 +93,15 @@ def workloads(vocab_size: int, num_sequences: int, num_samples: int, mean: int, 
 
     def length() -> int:
         sigma = 0.7
-        return max(8, min(longest, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma))))
+        drawn = round(rng.lognormvariate(math.log(arguments.mean) - sigma**2 / 2, sigma))
+        return max(8, min(arguments.longest, drawn))
 
-    singles = [prompt() for _ in range(num_sequences)]
-    num_prompts = num_sequences // num_samples
+    prompts = [prompt() for _ in range(arguments.requests)]
+    num_groups = arguments.requests // arguments.samples
     return [
-        Workload("equal", singles, [[mean]] * num_sequences),
-        Workload("mixed", singles, [[length()] for _ in singles]),
-        Workload("samples", singles[:num_prompts], [[length() for _ in range(num_samples)] for _ in range(num_prompts)]),
+        Workload("equal", prompts[: arguments.batch], [[arguments.mean]] * arguments.batch),
+        Workload("mixed", prompts, [[length()] for _ in prompts]),
+        Workload("samples", prompts[:num_groups], [[length() for _ in range(arguments.samples)] for _ in range(num_groups)]),
     ]
 
 
@@ -128,26 +130,30 @@ def run_engine(engine: Engine, workload: Workload, temperature: float) -> None:
 
 
 @torch.inference_mode()
-def run_generate(model: M1ForCausalLM, workload: Workload, temperature: float) -> None:
-    """All sequences as one left-padded batch, until the longest is done."""
-    width, num_samples = max(map(len, workload.prompts)), len(workload.lengths[0])
-    ids = torch.zeros(len(workload.prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(workload.prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    longest = max(map(max, workload.lengths))
+def run_generate(model: M1ForCausalLM, workload: Workload, temperature: float, batch: int) -> None:
+    """`batch` sequences after the other as left-padded batches, each until its longest is done."""
+    num_samples = len(workload.lengths[0])
+    num_prompts = batch // num_samples
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    output = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=longest,
-        eos_token_id=None,
-        pad_token_id=0,
-        num_return_sequences=num_samples,
-        **sampling,
-    )
-    assert output.shape == (len(workload.prompts) * num_samples, width + longest)
+    for low in range(0, len(workload.prompts), num_prompts):
+        prompts = workload.prompts[low : low + num_prompts]
+        longest = max(map(max, workload.lengths[low : low + num_prompts]))
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            eos_token_id=None,
+            pad_token_id=0,
+            num_return_sequences=num_samples,
+            **sampling,
+        )
+        assert output.shape == (len(prompts) * num_samples, width + longest)
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -156,7 +162,7 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def measure(engine: Engine, model: M1ForCausalLM, workload: Workload, temperature: float) -> Result:
+def measure(engine: Engine, model: M1ForCausalLM, workload: Workload, temperature: float, batch: int) -> Result:
     engine.cache.forget_prefixes()
     return Result(
         workload=workload.name,
@@ -166,7 +172,7 @@ def measure(engine: Engine, model: M1ForCausalLM, workload: Workload, temperatur
         num_tokens=workload.num_tokens,
         longest=max(map(max, workload.lengths)),
         engine_seconds=seconds(lambda: run_engine(engine, workload, temperature)),
-        generate_seconds=seconds(lambda: run_generate(model, workload, temperature)),
+        generate_seconds=seconds(lambda: run_generate(model, workload, temperature, batch)),
     )
 
 
@@ -183,10 +189,11 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint directory; random weights without it")
     parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1", help="of the random model")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of both sides")
-    parser.add_argument("--sequences", type=int, default=64, help="sequences at once, on both sides")
+    parser.add_argument("--batch", type=int, default=64, help="sequences at once, on both sides")
+    parser.add_argument("--requests", type=int, default=192, help="sequences in the second and third workload")
     parser.add_argument("--samples", type=int, default=8, help="samples of a prompt in the third workload")
-    parser.add_argument("--mean", type=int, default=96, help="mean length of a completion")
-    parser.add_argument("--longest", type=int, default=320, help="longest completion")
+    parser.add_argument("--mean", type=int, default=64, help="mean length of a completion")
+    parser.add_argument("--longest", type=int, default=256, help="longest completion")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", default="results/engine_cpu.json")
@@ -194,16 +201,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     model = load_model(arguments.model, dtype=dtype) if arguments.model else smollm2_sized(arguments.mixer).to(dtype)
-    engine = Engine(for_sampling(copy.deepcopy(model)), max_num_seqs=arguments.sequences)
+    engine = Engine(for_sampling(copy.deepcopy(model)), max_num_seqs=arguments.batch)
     warm_up = Workload("warm-up", [[1, 2, 3]] * 4, [[3]] * 4)
-    measure(engine, model, warm_up, 1.0)
+    measure(engine, model, warm_up, 1.0, 4)
 
     print(f"{'workload':10}{'T':>5}{'tokens':>8}{'longest':>9}{'engine tok/s':>14}{'generate tok/s':>16}{'ratio':>7}")
     results = []
-    loads = workloads(model.config.vocab_size, arguments.sequences, arguments.samples, arguments.mean, arguments.longest)
     for temperature in arguments.temperatures:
-        for workload in loads:
-            result = measure(engine, model, workload, temperature)
+        for workload in workloads(model.config.vocab_size, arguments):
+            result = measure(engine, model, workload, temperature, arguments.batch)
             results.append(asdict(result) | {"ratio": result.ratio})
             print(
                 f"{result.workload:10}{temperature:5.1f}{result.num_tokens:8}{result.longest:9}"
@@ -218,6 +224,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
         "model": arguments.model or f"random, SmolLM2-135M's dimensions, {arguments.mixer}",
         "dtype": arguments.dtype,
+        "batch": arguments.batch,
         "results": results,
     }
     out = Path(arguments.out)
