@@ -42,5 +42,6 @@ def test_grpo_with_the_engine(precision):
     config: GRPOConfig = make_config(steps=20, samples_per_problem=32, tokens_per_batch=600, precision=precision)
     result = grpo(model, TOKENIZER, PROBLEMS, config, scorer=RewardExactly(), progress=False)
     assert result.last["reward"] > 0.8
-    assert result.last["log_prob_gap"] < (1e-3 if precision == "float32" else 0.05)
+    gaps = [record["log_prob_gap"] for record in result.metrics if "log_prob_gap" in record]  # steps whose groups differ
+    assert max(gaps) < (1e-3 if precision == "float32" else 0.05)
     assert all(torch.isfinite(p).all() for p in model.parameters())

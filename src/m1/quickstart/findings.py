@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ def summary_table(findings: Findings) -> Table:
         table.add_row(stage, *cells)
     table.caption = f"{first['num_problems']} problems, {first['num_samples']} samples each"
     return table
+
+
+def without_directory(word: str) -> str:
+    """An absolute path's last part, anything else as it is: results are shown to others, whom our directories don't concern."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def describe_device(device: torch.device) -> str:

@@ -27,7 +27,7 @@ from m1.engine.sampling_params import SamplingParams
 from m1.evaluation.runner import evaluate, read_records
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
-from m1.quickstart.findings import Findings, accuracy_line, describe_device, summary_table
+from m1.quickstart.findings import Findings, accuracy_line, describe_device, summary_table, without_directory
 from m1.quickstart.page import write_page
 from m1.quickstart.problems import answers_of, draw_problems, solutions_to, to_prompt
 from m1.quickstart.recipe import Recipe, middle_layers, recipe_for
@@ -242,8 +242,8 @@ class Quickstart:
         """results.json, report.html, and what to do next."""
         found = self.findings
         found.setting |= {
-            "command": shlex.join(["m1", *sys.argv[1:]]),
-            "base": self.config.base,
+            "command": shlex.join(["m1", *map(without_directory, sys.argv[1:])]),
+            "base": without_directory(self.config.base),
             "device": describe_device(self.device),
             "precision": str(self.dtype).removeprefix("torch."),
             "seconds": round(time.perf_counter() - self.start, 1),
