@@ -20,7 +20,10 @@ RUNNERS = {
     "sft": "m1.training.sft",
     "grpo": "m1.training.grpo",
     "solve": "m1.solve",
+    "report": "m1.report",
 }
+# The field that a first word without a dash gives, so that `m1 solve "2 + 2 =?"` and `m1 report runs/x` do.
+FIRST_WORD = {"solve": "problem", "report": "directory"}
 
 USAGE = """\
 usage: m1 COMMAND [RECIPE.toml] [--option value …]
@@ -49,8 +52,8 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     if rest and rest[0].endswith(".toml"):
         source, *rest = rest
         values = read_recipe(source, command)
-    elif command == "solve" and rest and (not rest[0].startswith("-") or rest[0] == "-"):
-        values = {"problem": rest[0]}
+    elif command in FIRST_WORD and rest and (not rest[0].startswith("-") or rest[0] == "-"):
+        values = {FIRST_WORD[command]: rest[0]}
         rest = rest[1:]
     default = build(command, values, source)
     import tyro  # here, because it takes a quarter of a second that `m1 --help` need not wait for

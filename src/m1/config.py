@@ -101,6 +101,8 @@ class TrainConfig:
     """Type of the written model's weights."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    """Where the metrics go beside metrics.jsonl; each needs its library: pip install 'm1-reasoner[watch]'."""
     device: DeviceName = "auto"
     """auto: the GPU if there is one."""
     seed: int = 0
@@ -208,6 +210,16 @@ class SolveConfig:
 
 
 @dataclass(kw_only=True)
+class ReportConfig:
+    """Plot what a run did: one HTML page of a training run's metrics."""
+
+    directory: str = ""
+    """The run's directory, that --out named; also as the first word: m1 report runs/x."""
+    out: str = ""
+    """The page to write; report.html in the directory unless given."""
+
+
+@dataclass(kw_only=True)
 class QuickstartConfig:
     """The whole way on a small model: convert, align, distil, fine-tune, reinforce, vote, and a report with plots."""
 
@@ -231,6 +243,7 @@ COMMANDS: dict[str, type] = {
     "sft": SFTConfig,
     "grpo": GRPOConfig,
     "solve": SolveConfig,
+    "report": ReportConfig,
 }
 
 

@@ -17,6 +17,7 @@ from m1.training.optimizer import select_trainable
 from m1.training.packing import Document
 from m1.training.run_directory import RunDirectory
 from m1.training.sources import read_rows
+from m1.training.trackers import require_trackers
 
 Data = TypeVar("Data")
 
@@ -38,6 +39,7 @@ def run_training(
     """
     require(config, "model", "out")
     _check_numbers(config)
+    require_trackers(config.track)
     directory = RunDirectory(command, config)
     if directory.is_finished:
         print(f"{directory.path} is finished already: a trained model. Next: {next_command.format(out=config.out)}")

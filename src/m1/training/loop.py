@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from m1.training.checkpoint import load_newest_checkpoint, remove_leftovers, sav
 from m1.training.metrics import MetricsLog, Record
 from m1.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_learning_rates
 from m1.training.run_directory import RunDirectory
+from m1.training.trackers import open_trackers
 
 
 class Batch(Protocol):
@@ -116,6 +117,8 @@ def train(
     optimizer = build_optimizer(model, config)
     log = MetricsLog(directory.metrics if directory else None)
     first = _resume(model, optimizer, stage, log, directory) if directory else 0
+    if directory:
+        log.trackers = open_trackers(config.track, directory.path, asdict(config), first_step=first)
     tokens, began = 0, time.perf_counter()
     was_training = model.training
     model.train()
@@ -140,6 +143,7 @@ def train(
                 if stop.is_requested and not is_last:
                     raise KeyboardInterrupt
     finally:
+        log.close()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(was_training)

@@ -1,4 +1,7 @@
-"""Metrics of a run: one JSON object a line, kept in memory too. What is measured is decided by the loop and the stages."""
+"""Metrics of a run: one JSON object a line, kept in memory too, and handed to trackers (`trackers.py`).
+
+What is measured is decided by the loop and the stages.
+"""
 
 import json
 import math
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m1.storage import write_text
+from m1.training.trackers import Tracker, scalars
 
 Record = dict[str, Any]
 
@@ -19,6 +23,7 @@ class MetricsLog:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.records: list[Record] = []
+        self.trackers: list[Tracker] = []
 
     def resume(self, step: int) -> None:
         """Keep the records of steps up to `step`, which a checkpoint holds; what came after it will be written again.
@@ -41,11 +46,30 @@ class MetricsLog:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_to_line(record))
+        for tracker in self.trackers:
+            tracker.log(record["step"], scalars(record))
+
+    def close(self) -> None:
+        """End the trackers; the file is whole after every write."""
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """The records of a metrics.jsonl."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The records of a metrics.jsonl, of a run that may still write it: a last line without its end is left out.
+
+    Raises ValueError naming the line for one that is no record.
+    """
+    records = []
+    text = Path(path).read_text(encoding="utf-8")
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a record of metrics ({error!r})") from error
+        records.append(record)
+    return records
 
 
 def _to_line(record: Record) -> str:

@@ -21,7 +21,7 @@ from m1.storage import RUN_RECORD, new_directory, require_disk, write_json, writ
 RUN_CONFIG = "run.json"
 MODEL_CONFIG = "config.json"
 # What may change between the start of a run and its resumption: none of it changes the result.
-_FREE_TO_CHANGE = ("out", "device", "checkpoint_every", "keep_checkpoints", "log_every")
+_FREE_TO_CHANGE = ("out", "device", "checkpoint_every", "keep_checkpoints", "log_every", "track")
 
 
 class RunDirectory:
