@@ -3,6 +3,8 @@
 Legend: T flat tokens, H query heads, G key/value heads, K head_dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """x [..., D] -> its norm; with a residual, (norm of x + residual, x + residual)."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):

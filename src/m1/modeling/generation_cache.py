@@ -22,6 +22,7 @@ class M1Cache(Cache):
     def __init__(self, config: M1Config, batch: int, dtype: torch.dtype, device: torch.device, page_size: int = 64) -> None:
         super().__init__(layers=[])
         self.state = ModelState(config, batch, 0, page_size=page_size, dtype=dtype, device=device)
+        self.state.forget_stacks()  # rows are selected and pages grow by replacing layers' tensors
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # real tokens cached a row
         self.num_seen = 0  # padded positions seen, the same for every row
         self.pages_per_row = 0

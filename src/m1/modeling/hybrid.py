@@ -66,6 +66,17 @@ class HybridBlock(GradientCheckpointingLayer):
         x = x + self.token_mixer(self.input_layernorm(x), layout, rotary, state)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def forward_cached(
+        self, x: Tensor, branch: Tensor | None, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState
+    ) -> tuple[Tensor, Tensor]:
+        """The layer with its additions inside the norms that follow them, one launch each, without gradient.
+
+        x [T, hidden] and `branch`, what the layer before has yet to add to it -> the same two for the next layer.
+        """
+        normed, x = (self.input_layernorm(x), x) if branch is None else self.input_layernorm(branch, x)
+        normed, x = self.post_attention_layernorm(self.token_mixer(normed, layout, rotary, state), x)
+        return x, self.mlp(normed)
+
 
 class M1PreTrainedModel(PreTrainedModel):
     config: M1Config
@@ -100,6 +111,11 @@ class M1Model(M1PreTrainedModel):
     def forward_packed(self, hidden: Tensor, layout: SequenceLayout, state: ModelState | None = None) -> Tensor:
         """Embedded tokens [T, hidden] -> final normalised hidden states [T, hidden]. `state` is read and written in place."""
         rotary = self.rotary(layout.positions)
+        if state is not None and not torch.is_grad_enabled():
+            branch = None
+            for layer in cast("list[HybridBlock]", self.layers):
+                hidden, branch = layer.forward_cached(hidden, branch, layout, rotary, state)
+            return self.norm(branch, hidden)[0]
         for block in self.layers:
             hidden = block(hidden, layout, rotary, state)
         return self.norm(hidden)

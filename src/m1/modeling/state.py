@@ -113,18 +113,28 @@ class ModelState:
     ) -> None:
         self.config, self.page_size = config, page_size
         page = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
-        window = (num_slots, config.d_conv - 1, conv_channels(config))
-        is_mixer = [kind == LINEAR_ATTENTION for kind in config.layer_types]
+        window = (num_slots, conv_channels(config), config.d_conv - 1)
+        is_on_cpu = torch.device(device).type == "cpu"
+        if is_on_cpu:  # channels side by side in memory let a step work on rows of them
+            window = (num_slots, config.d_conv - 1, conv_channels(config))
+        num_mixers, num_attention = len(config.mixer_layers), len(config.attention_layers)
+        windows = torch.zeros(num_mixers, *window, dtype=dtype, device=device)
+        states = torch.zeros(num_mixers, num_slots, *ssm_state_shape(config), dtype=state_dtype, device=device)
+        keys, values = (torch.zeros(num_attention, *page, dtype=dtype, device=device) for _ in range(2))
+        # All layers in one tensor, [layers, S or pages, …], so that a slot or page is moved by one launch, not one a layer.
+        self.slot_stacks, self.page_stacks = [windows, states], [keys, values]
+        self.conv_states = self._by_layer(windows.mT if is_on_cpu else windows, is_mixer=True)
+        self.ssm_states = self._by_layer(states, is_mixer=True)
+        self.key_pages = self._by_layer(keys, is_mixer=False)
+        self.value_pages = self._by_layer(values, is_mixer=False)
 
-        def for_layers(wanted: bool, shape: tuple[int, ...], kind: torch.dtype) -> list[Tensor | None]:
-            return [torch.zeros(shape, dtype=kind, device=device) if m is wanted else None for m in is_mixer]
+    def _by_layer(self, stack: Tensor, is_mixer: bool) -> list[Tensor | None]:
+        places = iter(range(len(stack)))
+        return [stack[next(places)] if (kind == LINEAR_ATTENTION) is is_mixer else None for kind in self.config.layer_types]
 
-        self.conv_states = [None if t is None else t.mT for t in for_layers(True, window, dtype)]
-        if torch.device(device).type != "cpu":  # on a CPU, channels side by side in memory let a step work on rows of them
-            self.conv_states = [None if t is None else t.contiguous() for t in self.conv_states]
-        self.ssm_states = for_layers(True, (num_slots, *ssm_state_shape(config)), state_dtype)
-        self.key_pages = for_layers(False, page, dtype)
-        self.value_pages = for_layers(False, page, dtype)
+    def forget_stacks(self) -> None:
+        """For an owner that replaces layers' tensors: keep no memory of the first ones. Slots and pages can't be moved then."""
+        self.slot_stacks, self.page_stacks = [], []
 
     @staticmethod
     def bytes_per_slot(config: M1Config, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32) -> int:
@@ -150,23 +160,17 @@ class ModelState:
         assert keys is not None and values is not None, f"layer {layer} is a mixer"
         return keys, values
 
-    def _slot_tensors(self) -> list[Tensor]:
-        return [t for t in (*self.conv_states, *self.ssm_states) if t is not None]
-
-    def _page_tensors(self) -> list[Tensor]:
-        return [t for t in (*self.key_pages, *self.value_pages) if t is not None]
-
     def reset_slots(self, slots: Tensor) -> None:
         """Zero the states of `slots` [m] int64, before new sequences start there."""
-        for tensor in self._slot_tensors():
-            tensor[slots] = 0
+        for stack in self.slot_stacks:
+            stack.index_fill_(1, slots, 0)
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
         """Copy the fixed-size states of slots `source` [m] to slots `target` [m]; the sets must not overlap."""
-        for tensor in self._slot_tensors():
-            tensor[target] = tensor[source]
+        for stack in self.slot_stacks:
+            stack.index_copy_(1, target, stack.index_select(1, source))
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages `source` [m] to pages `target` [m]; the sets must not overlap."""
-        for tensor in self._page_tensors():
-            tensor[target] = tensor[source]
+        for stack in self.page_stacks:
+            stack.index_copy_(1, target, stack.index_select(1, source))
