@@ -106,25 +106,27 @@ def workloads(vocab_size: int, arguments: argparse.Namespace) -> list[Workload]:
 
 
 def run_engine(engine: Engine, workload: Workload, temperature: float) -> None:
-    """Samples of one prompt have lengths of their own, which one request can't ask for: it stops at the longest, the others
-    are aborted at theirs, as an end token would."""
-    requests = []
+    """Samples of one prompt have lengths of their own, which one request can't ask for: the host's table of decoding
+    sequences is told how far each may go."""
+    requests, limits = [], {}
     for prompt, lengths in zip(workload.prompts, workload.lengths, strict=True):
         params = SamplingParams(n=len(lengths), temperature=temperature, max_tokens=max(lengths), ignore_eos=True)
         request = engine.submit(prompt, params)
         requests.append((request, lengths))
-    limits = {(request.number, index): limit for request, lengths in requests for index, limit in enumerate(lengths)}
-    take = engine.outputs.take
+        limits |= {(request.number, index): limit for index, limit in enumerate(lengths)}
+    table = engine.scheduler.table
+    start = table.start
 
-    def take_until_limit(sequence):
-        return take(sequence) or ("stop" if sequence.num_generated >= limits[sequence.key] else None)
+    def start_with_limit(sequence, capacity):
+        start(sequence, capacity)
+        table.limit(sequence, limits[sequence.key])
 
-    engine.outputs.take = take_until_limit
+    table.start = start_with_limit
     try:
         while engine.has_work:
             engine.step()
     finally:
-        engine.outputs.take = take
+        table.start = start
     generated = [sum(len(c.token_ids) for c in request.completions.values()) for request, _ in requests]
     assert generated == [sum(lengths) for _, lengths in requests]
 

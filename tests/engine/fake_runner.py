@@ -6,6 +6,8 @@ too early or forked at the wrong place changes the tokens that come out. It keep
 
 import zlib
 
+import numpy as np
+
 from m1.engine.cache import Move
 from m1.engine.runner import independent_groups
 from m1.engine.scheduler import Batch
@@ -53,7 +55,8 @@ class FakeRunner:
         self.pages = [[fingerprint("never written", page)] * page_size for page in range(num_pages)]
         self.rows: list[dict] = [{} for _ in range(num_slots)]
 
-    def execute(self, batch: Batch) -> tuple[list[int], list[float]]:
+    def launch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """What the step samples, for each of `batch.slots`; the log-probability is the token itself."""
         for group in independent_groups(batch.moves):
             self._move_at_once(group)
         for sequence in batch.starting:
@@ -65,12 +68,12 @@ class FakeRunner:
             }
         for sequence in batch.growing:
             self.rows[sequence.slot]["pages"].append(sequence.pages[-1])
-        tokens = [self._decode(sequence.slot) for sequence in batch.decode]
+        tokens = np.array([self._decode(slot) for slot in batch.slots.tolist()], np.int64)
         for chunk in batch.prefill:
             assert chunk.sequence.num_computed == chunk.start < chunk.end
             for position in range(chunk.start, chunk.end):
                 self._advance(chunk.sequence.slot, chunk.sequence.pages, position, chunk.sequence.tokens[position])
-        return tokens, [float(token) for token in tokens]
+        return tokens, tokens.astype(np.float32)
 
     def _move_at_once(self, group: list[Move]) -> None:
         """As a device does: everything is read, then everything is written."""

@@ -137,14 +137,14 @@ def test_a_cached_prefix_gives_what_prefill_gives(model):
 def test_samples_share_one_prefill():
     engine = tiny_engine(tiny_model(), enable_prefix_caching=False)
     computed = 0
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
     def count(batch):
         nonlocal computed
         computed += sum(chunk.end - chunk.start for chunk in batch.prefill)
-        return execute(batch)
+        return launch(batch)
 
-    engine.runner.execute = count
+    engine.runner.launch = count
     engine.generate(random_prompts((30,)), SamplingParams(n=8, max_tokens=2))
     assert computed == 29
 

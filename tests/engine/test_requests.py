@@ -141,7 +141,7 @@ def test_text_needs_a_tokenizer(model):
         {"max_tokens": 0},
         {"stop": [""]},
         {"stop_token_ids": [-1]},
-        {"logprobs": 3},
+        {"logprobs": 21},
         {"seed": 0.5},
     ],
     ids=str,

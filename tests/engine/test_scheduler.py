@@ -1,8 +1,10 @@
 """Scheduler and cache without a model: whatever arrives, forks or is preempted, tokens are those of a sequence alone."""
 
 import random
+from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +33,7 @@ class Sizes:
     keeps_prefixes: bool = True
     has_state: bool = True
     has_pages: bool = True
+    num_steps_ahead: int = 0
 
 
 class House:
@@ -52,6 +55,8 @@ class House:
         self.factory = RequestFactory(None, VOCABULARY, frozenset([EOS]), sizes.max_model_len)
         self.outputs = OutputProcessor(None)
         self.requests: list[Request] = []
+        self.in_flight: deque[tuple[Batch, tuple[np.ndarray, np.ndarray]]] = deque()
+        self.num_taken = 0
         self.admitted: list[int] = []  # request numbers in the order in which they first ran
 
     def submit(self, prompt: list[int], **params: object) -> Request:
@@ -68,16 +73,25 @@ class House:
                 self.outputs.close_unborn(request, index)
 
     def step(self) -> Batch:
+        """`Engine.step`: results are read `num_steps_ahead` steps after they were computed."""
         batch = self.scheduler.schedule()
         self.check(batch)
-        tokens, logprobs = self.runner.execute(batch)
-        self.scheduler.complete(batch, tokens, logprobs)
-        for sequence in batch.decode:
-            reason = self.outputs.take(sequence)
-            if reason is not None:
-                self.scheduler.finish(sequence)
-                self.outputs.close(sequence, reason)
+        if not batch.is_empty:
+            self.in_flight.append((batch, self.runner.launch(batch)))
+            self.scheduler.advance(batch)
+        num_ahead = self.sizes.num_steps_ahead if batch.num_tokens else max(0, len(self.in_flight) - 1)
+        while len(self.in_flight) > num_ahead:
+            self.read(*self.in_flight.popleft())
         return batch
+
+    def read(self, batch: Batch, results: tuple[np.ndarray, np.ndarray]) -> None:
+        num_taken, news = self.scheduler.receive(batch, *results)
+        self.num_taken += num_taken
+        for item in news:
+            reason = self.outputs.take(item)
+            if reason is not None:
+                self.scheduler.finish(item.sequence)
+                self.outputs.close(item.sequence, reason)
 
     def drain(self, max_steps: int = 20_000) -> int:
         """Step until all is done, within bounds: nobody starves."""
@@ -95,10 +109,13 @@ class House:
         assert len(running) <= self.sizes.max_num_seqs
         assert batch.num_tokens <= self.sizes.max_num_batched_tokens
         assert [s.key for s in running] == sorted(s.key for s in running)
-        assert len({id(s) for s in batch.decode}) == len(batch.decode)
-        for sequence in batch.decode:
-            assert sequence in running
-            assert len(sequence.pages) == self.cache.pages_for(sequence.num_computed + 1)
+        assert (np.diff(batch.slots) > 0).all()
+        of_slot = {s.slot: s for s in running}
+        lengths = self.scheduler.table.lengths[batch.slots]
+        for slot, length in zip(batch.slots.tolist(), lengths.tolist(), strict=True):
+            assert len(of_slot[slot].pages) == self.cache.pages_for(length + 1)
+            assert length + 1 <= batch.max_context
+        assert self.scheduler.table.num_sequences == sum(map(self.scheduler.table.holds, running))
         self.check_memory()
 
     def check_memory(self) -> None:
@@ -127,6 +144,7 @@ class House:
         """Nothing is left behind, and every completion has the tokens of a sequence alone (aborted: the first of them)."""
         self.check_memory()
         assert not self.scheduler.running
+        assert self.scheduler.table.num_sequences == 0
         assert self.scheduler.num_waiting == 0
         self.cache.forget_prefixes()
         assert self.cache.pages.num_free == self.cache.pages.num_pages
@@ -171,6 +189,7 @@ def run_random_events(sizes: Sizes, seed: int, num_events: int) -> House:
             house.check_memory()
         elif event < 0.295:
             house.scheduler.preempt_all()
+            house.check_memory()
         else:
             house.step()
     house.drain()
@@ -178,11 +197,18 @@ def run_random_events(sizes: Sizes, seed: int, num_events: int) -> House:
     return house
 
 
+@pytest.mark.parametrize("num_steps_ahead", [0, 1, 3])
 @pytest.mark.parametrize(("has_state", "has_pages"), PARTS.values(), ids=PARTS)
-def test_ten_thousand_random_events(has_state, has_pages):
+def test_ten_thousand_random_events(has_state, has_pages, num_steps_ahead):
     preemptions = prefix_tokens = 0
     for seed in range(8):
-        sizes = Sizes(num_pages=12 + 4 * seed, max_num_seqs=1 + seed, has_state=has_state, has_pages=has_pages)
+        sizes = Sizes(
+            num_pages=12 + 4 * seed,
+            max_num_seqs=1 + seed,
+            has_state=has_state,
+            has_pages=has_pages,
+            num_steps_ahead=num_steps_ahead,
+        )
         house = run_random_events(sizes, seed, num_events=10_000 // 8)
         preemptions += house.scheduler.num_preemptions
         prefix_tokens += house.cache.num_prefix_tokens
@@ -200,8 +226,11 @@ def test_ten_thousand_random_events(has_state, has_pages):
     extra_pages=st.integers(0, 20),
     keeps_prefixes=st.booleans(),
     parts=st.sampled_from(list(PARTS.values())),
+    num_steps_ahead=st.integers(0, 4),
 )
-def test_any_sizes(seed, max_num_seqs, extra_tokens, page_size, num_prefix_slots, extra_pages, keeps_prefixes, parts):
+def test_any_sizes(
+    seed, max_num_seqs, extra_tokens, page_size, num_prefix_slots, extra_pages, keeps_prefixes, parts, num_steps_ahead
+):
     sizes = Sizes(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + extra_tokens,
@@ -211,6 +240,7 @@ def test_any_sizes(seed, max_num_seqs, extra_tokens, page_size, num_prefix_slots
         keeps_prefixes=keeps_prefixes,
         has_state=parts[0],
         has_pages=parts[1],
+        num_steps_ahead=num_steps_ahead,
     )
     run_random_events(sizes, seed, num_events=60)
 
@@ -231,7 +261,7 @@ def test_a_long_prompt_is_prefilled_beside_decoding_sequences():
     house.step()
     house.submit(list(range(40)), seed=1, max_tokens=4, ignore_eos=True)
     batches = [house.step() for _ in range(8)]
-    mixed = [batch for batch in batches if batch.decode and batch.prefill]
+    mixed = [batch for batch in batches if len(batch.slots) and batch.prefill]
     assert len(mixed) >= 5  # 39 tokens in chunks of at most 7
     house.drain()
     house.check_results()

@@ -43,9 +43,10 @@ def test_running_sequences_are_recomputed_with_new_weights():
     request = engine.submit(PROMPTS[1], SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
     for _ in range(5):
         engine.step()
-    old = engine.scheduler.running[0].generated
     train(model)
     engine.update_weights()
+    old = engine.scheduler.waiting[0].generated
+    assert len(old) == 4  # the first step prefilled
     while not request.is_finished:
         engine.step()
     tokens = request.completions[0].token_ids

@@ -198,9 +198,13 @@ class StateCache:
             other.pages.append(self._take_page())
             self._moves.append(Move("page", leader.pages[num_whole], other.pages[-1]))
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Make room for the next token; False if no page is left."""
-        if self.pages_for(sequence.num_computed + 1) <= len(sequence.pages):
+    def capacity_of(self, sequence: Sequence) -> int:
+        """Tokens that its pages hold; without attention there is no limit."""
+        return len(sequence.pages) * self.page_size if self.needs_pages else 2**62
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make room for `num_tokens` tokens, at most one page more than there are; False if no page is left."""
+        if self.pages_for(num_tokens) <= len(sequence.pages):
             return True
         if not self.num_available_pages:
             return False

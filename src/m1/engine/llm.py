@@ -1,7 +1,7 @@
 """`Engine`: the way in. Takes prompts, steps until they are completed, hands out completions; streams, aborts, new weights.
 
-A step is: take in what arrived, plan (scheduler), compute (runner), enter the tokens (scheduler), see who is done (outputs).
-Planning, memory, the model and text each have a file of their own; here they only meet.
+A step is: take in what arrived, plan (scheduler), launch (runner), read an earlier step's tokens (scheduler), see who is done
+(outputs). Planning, memory, the model and text each have a file of their own; here they only meet.
 """
 
 import contextlib
@@ -24,11 +24,15 @@ from m1.engine.outputs import OutputProcessor
 from m1.engine.prompts import Prompt, RequestFactory
 from m1.engine.runner import ModelRunner
 from m1.engine.sampling_params import SamplingParams
-from m1.engine.scheduler import Scheduler
+from m1.engine.scheduler import Batch, Scheduler
 from m1.engine.sequence import Completion, Delta, Request
+from m1.engine.transfer import Download
 from m1.engine.weights import copy_weights, for_sampling, sampling_copy
 from m1.modeling.hybrid import M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
+
+# Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
+STEPS_AHEAD = {"cpu": 0, "cuda": 2}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Engine:
     dtype: of weights and activations, the model's unless given; a dtype other than a given model's makes a copy for sampling.
     On a CPU, bf16 weights of the engine's own (a path, a copy) are laid out for its matrix units and sample fastest.
     state_dtype: of SSM states.
+    enforce_eager: on a GPU, launch a decode step's kernels one by one instead of as a CUDA graph.
     enable_prefix_caching: keep states and pages of prompts for later prompts that begin alike.
     Raises ValueError for contradicting sizes, MemoryError for a model that does not fit.
     """
@@ -83,6 +88,8 @@ class Engine:
         state_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        num_steps_ahead: int | None = None,
     ) -> None:
         self._source: M1ForCausalLM | None = None  # the trainer's model, if the sampler has a copy of it
         if isinstance(model, (str, Path)):
@@ -126,7 +133,10 @@ class Engine:
             page_size=page_size,
             max_model_len=size.max_model_len,
             state_dtype=state_dtype,
+            uses_graphs=weight.is_cuda and not enforce_eager,
         )
+        self.num_steps_ahead = STEPS_AHEAD[weight.device.type] if num_steps_ahead is None else num_steps_ahead
+        self._in_flight: deque[tuple[Batch, Download]] = deque()  # steps launched and not yet read, oldest first
         self.outputs = OutputProcessor(tokenizer)
         self._factory = RequestFactory(tokenizer, config.vocab_size, _eos_ids(model, tokenizer), size.max_model_len)
         self._lock = threading.Lock()  # held while a step runs: whoever holds it may touch scheduler, cache and runner
@@ -227,28 +237,49 @@ class Engine:
         return bool(self._inbox) or not self.scheduler.is_idle
 
     def step(self) -> None:
-        """Advance every running sequence by one token, and prompts by what the token budget allows."""
+        """Launch a step that advances every running sequence by one token, and prompts by what the token budget allows; then
+        read the tokens of the oldest step that is more than `num_steps_ahead` back."""
         with self._lock:
             start = time.perf_counter()
             self._receive()
-            batch = self.scheduler.schedule()
             try:
-                tokens, logprobs = self.runner.execute(batch)
+                batch = self.scheduler.schedule()
+                if not batch.is_empty:
+                    self._in_flight.append((batch, self.runner.launch(batch)))
+                    self.scheduler.advance(batch)
+                # Where there is nothing to compute, wait for the oldest step: its tokens end sequences or let others start.
+                num_ahead = self.num_steps_ahead if batch.num_tokens else max(0, len(self._in_flight) - 1)
+                while len(self._in_flight) > num_ahead:
+                    self._read_step(*self._in_flight.popleft())
             except BaseException as error:
                 self._drop_all(error)
                 raise
-            self.scheduler.complete(batch, tokens, logprobs)
-            for sequence in batch.decode:
-                reason = self.outputs.take(sequence)
-                if reason is not None:
-                    self.scheduler.finish(sequence)
-                    self.outputs.close(sequence, reason)
+            if self.scheduler.is_idle:
+                self._in_flight.clear()  # computed for sequences that have ended
             self._num_steps += 1
-            self._num_generated += len(tokens)
             self._seconds += time.perf_counter() - start
+
+    def _read_step(self, batch: Batch, results: Download) -> None:
+        """Enter a step's tokens, and end the sequences that are done."""
+        if not len(batch.slots):
+            return
+        tokens, logprobs, *top = results.read()
+        num_taken, news = self.scheduler.receive(batch, tokens, logprobs)
+        self._num_generated += num_taken
+        for item in news:
+            count = item.sequence.request.params.logprobs
+            alternatives = None
+            if count:
+                values, ids = (array[item.place, :count].tolist() for array in top)
+                alternatives = dict(zip(ids, values, strict=True))
+            reason = self.outputs.take(item, alternatives)
+            if reason is not None:
+                self.scheduler.finish(item.sequence)
+                self.outputs.close(item.sequence, reason)
 
     def _drop_all(self, error: BaseException) -> None:
         """After a step that failed half-way, states are undefined: end every request and forget every prefix."""
+        self._in_flight.clear()
         for request in {s.request.number: s.request for s in (*self.scheduler.running, *self.scheduler.waiting)}.values():
             request.error = error
             self._abort(request)
@@ -266,6 +297,7 @@ class Engine:
                 copy_weights(named_parameters, self.model)
             elif self._source is not None:
                 copy_weights(self._source.named_parameters(), self.model)
+            self.runner.weights_changed()
             self.scheduler.preempt_all()
 
     def sleep(self) -> None:

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from m1.engine.decode_table import News
 from m1.engine.detokenizer import Detokenizer, decode
 from m1.engine.sequence import Completion, Delta, FinishReason, Request, Sequence
 
@@ -13,9 +14,13 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self._detokenizers: dict[Sequence, Detokenizer] = {}
 
-    def take(self, sequence: Sequence) -> FinishReason | None:
+    def take(self, news: News, top_logprobs: dict[int, float] | None = None) -> FinishReason | None:
         """Look at a sequence's newest token: the reason to `close` it, or None to go on, when streams get their delta."""
-        request, token = sequence.request, sequence.tokens[-1]
+        sequence, token = news.sequence, news.token
+        request = sequence.request
+        if request.params.logprobs:
+            assert top_logprobs is not None
+            sequence.top_logprobs.append(top_logprobs)
         is_stop_token = token in request.stop_ids
         detokenizer = self._detokenizer(sequence)
         if detokenizer is not None and not is_stop_token:
@@ -23,11 +28,12 @@ class OutputProcessor:
         reason: FinishReason | None = None
         if is_stop_token or (detokenizer is not None and detokenizer.is_stopped):
             reason = "stop"
-        elif sequence.num_generated >= request.max_tokens:
+        elif news.is_full:
             reason = "length"
         if reason is None and request.on_delta is not None:
             text = detokenizer.take(is_last=False) if detokenizer is not None else ""
-            request.on_delta(Delta(sequence.index, text, [token], [sequence.logprobs[-1]]))
+            top = [top_logprobs] if top_logprobs is not None else None
+            request.on_delta(Delta(sequence.index, text, [token], [news.logprob], top_logprobs=top))
         return reason
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer | None:
@@ -48,12 +54,14 @@ class OutputProcessor:
             text = detokenizer.text
         else:
             text = decode(self.tokenizer, ids[:-1] if ids and ids[-1] in request.stop_ids else ids)
-        request.completions[sequence.index] = Completion(text, ids, sequence.logprobs, reason, sequence.index)
+        top = sequence.top_logprobs if request.params.logprobs else None
+        request.completions[sequence.index] = Completion(text, ids, sequence.logprobs, reason, sequence.index, top)
         if request.on_delta is not None:
             rest = detokenizer.take(is_last=True) if detokenizer is not None else ""
             newest = 0 if reason == "abort" else 1
-            tokens, logprobs = ids[len(ids) - newest :], sequence.logprobs[len(ids) - newest :]
-            request.on_delta(Delta(sequence.index, rest, tokens, logprobs, reason))
+            first = len(ids) - newest
+            tokens, logprobs = ids[first:], sequence.logprobs[first:]
+            request.on_delta(Delta(sequence.index, rest, tokens, logprobs, reason, top[first:] if top is not None else None))
 
     def close_unborn(self, request: Request, index: int) -> None:
         """Enter an aborted completion that never got a sequence of its own."""

@@ -2,28 +2,38 @@
 
 What a decode step needs lies in tensors with a row a slot, on the device: the next input token, the length so far, the block
 table, the sampling values. A step reads and advances them there; the host writes a row only when a sequence starts, and one
-entry of a block table when it grows. So `decode` is a function of `slots` alone.
+entry of a block table when it grows. So `decode` is a function of `slots` alone, may run as a graph, and the next step can be
+launched before anything of this one is read. One slot and one page more than the cache knows of are scratch: rows that pad a
+batch use them.
 Legend: S slots, n sequences of this step, T tokens.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from m1.engine.cache import Move
+from m1.engine.graphs import DecodeGraphs, next_of, table_widths
+from m1.engine.sampling_params import MAX_LOGPROBS
 from m1.engine.scheduler import Batch, Chunk
 from m1.engine.sequence import Sequence
+from m1.engine.transfer import Download, upload
 from m1.kernels import sample
 from m1.modeling.hybrid import M1ForCausalLM
 from m1.modeling.state import ModelState, SequenceLayout
+
+Arrays = dict[str, np.ndarray]
+Tensors = dict[str, Tensor]
 
 
 class ModelRunner:
     """Runs `model` for sequences that live in `num_slots` slots and `num_pages` pages.
 
-    max_model_len: longest sequence in tokens, which sets the width of the block tables.
+    max_model_len: longest sequence in tokens, which sets the width of the block tables. uses_graphs: replay decode steps as
+    CUDA graphs, captured when a size of batch is first met.
     """
 
     def __init__(
@@ -35,6 +45,7 @@ class ModelRunner:
         page_size: int,
         max_model_len: int,
         state_dtype: torch.dtype = torch.float32,
+        uses_graphs: bool = False,
     ) -> None:
         self.model, self.page_size = model, page_size
         self.device = model.model.embed_tokens.weight.device
@@ -45,161 +56,223 @@ class ModelRunner:
             "state_dtype": state_dtype,
             "device": self.device,
         }
-        self._sizes = (num_slots, num_pages if self.has_pages else 0)
+        self.scratch_slot, self.scratch_page = num_slots, num_pages if self.has_pages else 0
+        self._sizes = (num_slots + 1, num_pages + 1 if self.has_pages else 0)
         self.state: ModelState | None = None
+        self.max_width = -(-max_model_len // page_size)
+        self._widths = table_widths(self.max_width)
+
+        # [values, S+1]: next input token, tokens in the state, seed, top_k; temperature (scratch: greedy), top_p, min_p
+        self._integers = torch.zeros(4, num_slots + 1, dtype=torch.int64, device=self.device)
+        self._floats = torch.zeros(3, num_slots + 1, dtype=torch.float32, device=self.device)
+        self._floats[1] = 1.0
+        self._block_tables = torch.full(
+            (num_slots + 1, self.max_width), self.scratch_page, dtype=torch.int32, device=self.device
+        )
+        self._bounds = torch.arange(num_slots + 2, dtype=torch.int32, device=self.device)
+        self._uses_graphs = uses_graphs
+        self._graphs: DecodeGraphs | None = None
+        self._places: list[int] = []  # of the weights that the graphs read
         self.allocate()
-
-        def rows(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(num_slots, *shape, dtype=dtype, device=self.device)
-
-        self.tokens, self.lengths = rows(torch.int64), rows(torch.int64)  # next input token; tokens in the state
-        self.block_tables = rows(torch.int32, -(-max_model_len // page_size))  # [S, pages]
-        self.temperature, self.top_p, self.min_p = rows(torch.float32), rows(torch.float32), rows(torch.float32)
-        self.top_k, self.seeds = rows(torch.int64), rows(torch.int64)
-        self._bounds = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
-        self._last_slots: list[int] = []
-        self._slots = self._index([])
 
     def allocate(self) -> None:
         """Take the memory of all slots and pages."""
-        self.state = ModelState(self.model.config, *self._sizes, **self._state_options)
+        if self.state is None:
+            self.state = ModelState(self.model.config, *self._sizes, **self._state_options)
 
     def free(self) -> None:
-        """Give that memory back; `allocate` before the next step."""
-        self.state = None
+        """Give that memory back, and what was captured with it; `allocate` before the next step."""
+        self.state = self._graphs = None
+
+    def _current_graphs(self) -> DecodeGraphs | None:
+        """The graphs, made anew if the states are."""
+        if self._uses_graphs and self._graphs is None:
+            self._graphs = DecodeGraphs(self.scratch_slot, self.max_width, self.scratch_slot, self.device)
+            self._places = self._weight_places()
+        return self._graphs
+
+    def _weight_places(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.model.parameters()]
+
+    def weights_changed(self) -> None:
+        """Forget graphs that read weights where they no longer are; what was changed in place is read as it is."""
+        if self._graphs is not None and self._places != self._weight_places():
+            self._graphs = None
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> tuple[list[int], list[float]]:
-        """Carry out a step; returns a token and its log-probability for each of `batch.decode`, in that order."""
-        if self.state is None:
-            self.allocate()
-        self._move(batch.moves)
-        if batch.starting:
-            self._write_rows(batch.starting)
-        if batch.growing:
-            self._write_pages(batch.growing)
-        tokens, logprobs = None, None
-        if batch.decode:
-            slots = self._slots_of(batch.decode)
-            width = max(len(s.pages) for s in batch.decode)
-            tokens, logprobs = self.decode(slots, width)
-        if batch.prefill:
-            self.prefill(batch.prefill)
-        if tokens is None or logprobs is None:
-            return [], []
-        return tokens.tolist(), logprobs.tolist()
-
-    def decode(self, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Feed each sequence its next token and sample the one after: (tokens [n] int64, log-probabilities [n] fp32).
-
-        slots [n] int64: their rows, which move on by one token. width: pages of the longest block table among them.
+    def launch(self, batch: Batch) -> Download:
+        """Start a step. What is read later, for each of `batch.slots` in that order: a token and its log-probability; if one of
+        the sequences asks for them, also log-probabilities and ids of the MAX_LOGPROBS most likely tokens [n, MAX_LOGPROBS].
         """
-        positions = self.lengths[slots]
+        self.allocate()
+        graphs = self._current_graphs()
+        groups = list(independent_groups(batch.moves))
+        arrays: Arrays = {}
+        for number, group in enumerate(groups):
+            arrays[f"source {number}"] = np.array([move.source for move in group])
+            arrays[f"target {number}"] = np.array([move.target for move in group])
+        if batch.starting:
+            arrays |= self._starting_rows(batch.starting)
+        if batch.growing:
+            arrays |= _growing_pages(batch.growing)
+        if len(batch.slots):
+            arrays["slots"] = batch.slots if graphs is None else self.pad(batch.slots, graphs.sizes)
+        if batch.prefill:
+            arrays |= self._prefill_arrays(batch.prefill)
+        sent = upload(arrays, self.device)
+        self._move([(group[0].kind, sent[f"source {i}"], sent[f"target {i}"]) for i, group in enumerate(groups)])
+        self._write_rows(sent)
+        result = Download([])
+        if len(batch.slots):
+            width = next_of(self._widths, -(-batch.max_context // self.page_size)) if self.has_pages else self._widths[0]
+            num_top = MAX_LOGPROBS if batch.wants_top else 0
+            if graphs is None:
+                outputs = self.decode(sent["slots"], width, num_top)
+            else:
+                outputs = graphs.run(self.decode, sent["slots"], width, num_top)
+            result = Download([output[: len(batch.slots)] for output in outputs])
+        if batch.prefill:
+            self.prefill(batch.prefill, sent)
+        return result
+
+    def pad(self, slots: np.ndarray, sizes: list[int]) -> np.ndarray:
+        """`slots` and then the scratch slot, up to the next of `sizes`."""
+        size = next_of(sizes, len(slots))
+        return np.pad(slots, (0, size - len(slots)), constant_values=self.scratch_slot)
+
+    def decode(self, slots: Tensor, width: int, num_top: int = 0) -> tuple[Tensor, ...]:
+        """Feed each sequence its next token and sample the one after: (tokens [n] int64, log-probabilities [n] fp32), and with
+        num_top (log-probabilities [n, num_top] fp32, ids [n, num_top]) of the most likely ones.
+
+        slots [n] int64: their rows, which move on by one token. width: pages of their block tables that may be in use.
+        """
+        tokens, positions, seeds, top_k = self._integers.index_select(1, slots)
+        temperature, top_p, min_p = self._floats.index_select(1, slots)
         tables = kv_slots = None
         if self.has_pages:
-            tables = self.block_tables[slots, :width]
-            kv_slots = self._kv_slots(tables, positions // self.page_size, positions % self.page_size)
+            tables = self._block_tables[:, :width].index_select(0, slots)
+            pages = tables.gather(1, (positions // self.page_size)[:, None])[:, 0]
+            kv_slots = pages * self.page_size + positions % self.page_size
+        lengths = positions + 1
         layout = SequenceLayout(
             cu_seqlens=self._bounds[: slots.shape[0] + 1],
             positions=positions,
             max_seqlen=1,
             slots=slots,
-            context_lens=(positions + 1).to(torch.int32),
+            context_lens=lengths.to(torch.int32),
             block_tables=tables,
             kv_slots=kv_slots,
             has_context=True,
         )
-        hidden = self.model.model.embed_tokens(self.tokens[slots])
+        hidden = self.model.model.embed_tokens(tokens)
         logits = self.model.lm_head(self.model.model.forward_packed(hidden, layout, self.state))  # [n, vocab]
         tokens, logprobs = sample(
-            logits,
-            temperature=self.temperature[slots],
-            top_k=self.top_k[slots],
-            top_p=self.top_p[slots],
-            min_p=self.min_p[slots],
-            seeds=self.seeds[slots],
-            positions=positions + 1,
+            logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, positions=lengths
         )
-        self.tokens[slots] = tokens
-        self.lengths[slots] = positions + 1
+        self._integers[0].index_copy_(0, slots, tokens)
+        self._integers[1].index_copy_(0, slots, lengths)
+        self._integers[1, self.scratch_slot :].zero_()  # rows that pad stay at the beginning of the scratch page
+        if num_top:
+            return tokens, logprobs, *_most_likely(logits, temperature, num_top)
         return tokens, logprobs
 
-    def prefill(self, chunks: list[Chunk]) -> None:
+    def prefill(self, chunks: list[Chunk], sent: Tensors) -> None:
         """Advance the states of sequences by their chunks, packed into one forward. Nothing is sampled."""
-        lengths = [chunk.end - chunk.start for chunk in chunks]
-        ids = [token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.end]]
-        bounds = self._bounds.new_tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks]).to(self.device)
-        tables = kv_slots = None
-        if self.has_pages:
-            tables = self._tables([chunk.sequence for chunk in chunks])
-            rows = torch.arange(len(chunks), device=self.device).repeat_interleave(self._index(lengths), output_size=len(ids))
-            pages = positions // self.page_size
-            kv_slots = tables[rows, pages].long() * self.page_size + positions % self.page_size
         layout = SequenceLayout(
-            cu_seqlens=bounds,
-            positions=positions,
-            max_seqlen=max(lengths),
-            slots=self._index([_slot(chunk.sequence) for chunk in chunks]),
-            context_lens=self._bounds.new_tensor([chunk.end for chunk in chunks]),
-            block_tables=tables,
-            kv_slots=kv_slots,
+            cu_seqlens=sent["bounds"],
+            positions=sent["positions"],
+            max_seqlen=max(chunk.end - chunk.start for chunk in chunks),
+            slots=sent["prefill slots"],
+            context_lens=sent["context lengths"],
+            block_tables=sent.get("prefill tables"),
+            kv_slots=sent.get("kv slots"),
             has_context=any(chunk.start for chunk in chunks),
         )
-        self.model.model.forward_packed(self.model.model.embed_tokens(self._index(ids)), layout, self.state)
+        self.model.model.forward_packed(self.model.model.embed_tokens(sent["ids"]), layout, self.state)
 
-    def _kv_slots(self, tables: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
-        return tables.gather(1, columns[:, None])[:, 0].long() * self.page_size + offsets
-
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    def _slots_of(self, sequences: list[Sequence]) -> Tensor:
-        """The rows of a batch, as a tensor that stays the same object while the batch does."""
-        slots = [_slot(s) for s in sequences]
-        if slots != self._last_slots:
-            self._last_slots, self._slots = slots, self._index(slots)
-        return self._slots
-
-    def _tables(self, sequences: list[Sequence]) -> Tensor:
-        """Block tables [n, pages] int32 as wide as the longest; page 0 stands where a sequence has none."""
-        width = max(1, max(len(s.pages) for s in sequences))
-        return self._bounds.new_tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences])
-
-    def _write_rows(self, sequences: list[Sequence]) -> None:
-        """Tell the device what sequences that start to decode feed next and how they sample."""
-        slots = self._index([_slot(s) for s in sequences])
-        params = [s.request.params for s in sequences]
-        self.tokens[slots] = self._index([s.tokens[-1] for s in sequences])
-        self.lengths[slots] = self._index([s.num_computed for s in sequences])
-        self.seeds[slots] = self._index([s.seed for s in sequences])
-        self.top_k[slots] = self._index([max(p.top_k, 0) for p in params])
-        for rows, values in (
-            (self.temperature, [p.temperature for p in params]),
-            (self.top_p, [p.top_p for p in params]),
-            (self.min_p, [p.min_p for p in params]),
-        ):
-            rows[slots] = rows.new_tensor(values)
+    def _prefill_arrays(self, chunks: list[Chunk]) -> Arrays:
+        lengths = np.array([chunk.end - chunk.start for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        arrays = {
+            "ids": np.concatenate([np.array(chunk.sequence.tokens[chunk.start : chunk.end]) for chunk in chunks]),
+            "bounds": np.concatenate([[0], lengths.cumsum()]).astype(np.int32),
+            "positions": positions,
+            "prefill slots": np.array([_slot(chunk.sequence) for chunk in chunks]),
+            "context lengths": np.array([chunk.end for chunk in chunks], np.int32),
+        }
         if self.has_pages:
-            tables = self._tables(sequences)
-            self.block_tables[slots, : tables.shape[1]] = tables
+            tables = _tables([chunk.sequence for chunk in chunks])
+            pages = tables[np.arange(len(chunks)).repeat(lengths), positions // self.page_size].astype(np.int64)
+            arrays |= {"prefill tables": tables, "kv slots": pages * self.page_size + positions % self.page_size}
+        return arrays
 
-    def _write_pages(self, sequences: list[Sequence]) -> None:
-        """Enter the newest page of each sequence in its block table."""
-        slots, columns = self._index([_slot(s) for s in sequences]), self._index([len(s.pages) - 1 for s in sequences])
-        self.block_tables[slots, columns] = self.block_tables.new_tensor([s.pages[-1] for s in sequences])
+    def _starting_rows(self, sequences: list[Sequence]) -> Arrays:
+        """What sequences that start to decode feed next, and how they sample: rows for `_write_rows`."""
+        params = [s.request.params for s in sequences]
+        arrays = {
+            "starting slots": np.array([_slot(s) for s in sequences]),
+            "integers": np.array(
+                [
+                    [s.tokens[-1] for s in sequences],
+                    [s.num_computed for s in sequences],
+                    [s.seed for s in sequences],
+                    [max(p.top_k, 0) for p in params],
+                ],
+                np.int64,
+            ),
+            "floats": np.array(
+                [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]], np.float32
+            ),
+        }
+        if self.has_pages:
+            arrays["tables"] = _tables(sequences)
+        return arrays
 
-    def _move(self, moves: list[Move]) -> None:
+    def _write_rows(self, sent: Tensors) -> None:
+        if "starting slots" in sent:
+            slots = sent["starting slots"]
+            self._integers.index_copy_(1, slots, sent["integers"])
+            self._floats.index_copy_(1, slots, sent["floats"])
+            if self.has_pages:
+                tables = sent["tables"]
+                self._block_tables[:, : tables.shape[1]].index_copy_(0, slots, tables)
+        if "growing slots" in sent:
+            self._block_tables.index_put_((sent["growing slots"], sent["columns"]), sent["pages"])
+
+    def _move(self, groups: list[tuple[str, Tensor, Tensor]]) -> None:
         assert self.state is not None
-        for group in independent_groups(moves):
-            source, target = self._index([m.source for m in group]), self._index([m.target for m in group])
-            match group[0].kind:
+        for kind, source, target in groups:
+            match kind:
                 case "reset":
                     self.state.reset_slots(target)
                 case "slot":
                     self.state.copy_slots(source, target)
                 case "page":
                     self.state.copy_pages(source, target)
+
+
+def _most_likely(logits: Tensor, temperature: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, count] and ids of the most likely tokens at each row's temperature (greedy: at 1)."""
+    scaled = logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    values, ids = scaled.topk(min(count, scaled.shape[1]), dim=-1)
+    return values - scaled.logsumexp(-1, keepdim=True), ids
+
+
+def _growing_pages(sequences: list[Sequence]) -> Arrays:
+    """The newest page of each sequence, and where it enters its block table."""
+    return {
+        "growing slots": np.array([_slot(s) for s in sequences]),
+        "columns": np.array([len(s.pages) - 1 for s in sequences]),
+        "pages": np.array([s.pages[-1] for s in sequences], np.int32),
+    }
+
+
+def _tables(sequences: list[Sequence]) -> np.ndarray:
+    """Block tables [n, pages] int32 as wide as the longest; page 0 stands where a sequence has none."""
+    tables = np.zeros((len(sequences), max(1, max(len(s.pages) for s in sequences))), np.int32)
+    for row, sequence in enumerate(sequences):
+        tables[row, : len(sequence.pages)] = sequence.pages
+    return tables
 
 
 def _slot(sequence: Sequence) -> int:

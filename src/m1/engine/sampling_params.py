@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_SAMPLES = 4096
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class SamplingParams:
     seed: the same seed gives the same tokens whatever else is in the batch; None draws a fresh one.
     max_tokens: longest completion; None goes on to the engine's `max_model_len`.
     stop: strings that end a completion; the text stops before the first of them. stop_token_ids: tokens that end it.
-    logprobs: the chosen token's log-probability is always recorded, so only None and 0 are accepted; alternatives are not.
+    logprobs: how many of the most likely tokens to record at every place, at most 20, with their log-probabilities; the chosen
+    token's own is always recorded.
     ignore_eos: go on after the end token.
 
     Raises ValueError naming the field for a value that is out of range or contradicts another.
@@ -59,9 +61,9 @@ class SamplingParams:
             all(_is_int(t) and t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "token ids", self.stop_token_ids
         )
         _require(
-            self.logprobs in (None, 0),
+            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
             "logprobs",
-            "None or 0: the chosen token's log-probability is always recorded, alternatives are not supported",
+            f"None or 0 to {MAX_LOGPROBS}",
             self.logprobs,
         )
         _require(

@@ -2,13 +2,19 @@
 
 First come, first served: waiting requests start in order of arrival and none overtakes the first; when pages run out, the
 youngest running sequence gives way and is recomputed later. So the oldest always moves on, and nobody starves.
+
+A step is planned from counts alone, so the next ones can be planned before its tokens are read: `schedule`, `advance`, and
+some steps later `receive`. A sequence that turns out to have ended meanwhile was computed for nothing for so many steps.
 """
 
 import bisect
 import heapq
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from m1.engine.cache import Move, StateCache
+from m1.engine.decode_table import DecodeTable, News
 from m1.engine.sequence import Request, Sequence, Status
 
 
@@ -21,23 +27,36 @@ class Chunk:
     end: int
 
 
+def _no_rows() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
 @dataclass
 class Batch:
     """One step, in the order in which the runner carries it out: moves, then decoding, then prefill.
 
-    starting: those of `decode` that decode for the first time since they were given their slot.
+    slots: [n] int64, ascending, of the sequences that decode; serials: which sequences these are, for `Scheduler.receive`.
+    starting: those of them that decode for the first time since they were given their slot.
     growing: the others that were given one more page, the last of their pages.
+    max_context: tokens of the longest of them with its new one. wants_top: whether one asks for the most likely tokens.
     """
 
     moves: list[Move] = field(default_factory=list)
     starting: list[Sequence] = field(default_factory=list)
     growing: list[Sequence] = field(default_factory=list)
-    decode: list[Sequence] = field(default_factory=list)
+    slots: np.ndarray = field(default_factory=_no_rows)
+    serials: np.ndarray = field(default_factory=_no_rows)
     prefill: list[Chunk] = field(default_factory=list)
+    max_context: int = 0
+    wants_top: bool = False
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decode) + sum(chunk.end - chunk.start for chunk in self.prefill)
+        return len(self.slots) + sum(chunk.end - chunk.start for chunk in self.prefill)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (len(self.slots) or self.prefill or self.moves)
 
 
 class Scheduler:
@@ -53,7 +72,9 @@ class Scheduler:
                 f"given {max_num_batched_tokens}"
             )
         self.cache, self.max_num_seqs, self.max_num_batched_tokens = cache, max_num_seqs, max_num_batched_tokens
+        self.table = DecodeTable(cache.slots.num_slots)
         self.running: list[Sequence] = []  # oldest first
+        self._preparing: list[Sequence] = []  # those of them that do not decode yet, oldest first
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap by age; finished ones are skipped
         self.num_waiting = self.num_preemptions = 0
 
@@ -75,46 +96,55 @@ class Scheduler:
         heapq.heappush(self._waiting, (sequence.key, sequence))
 
     def schedule(self) -> Batch:
-        """Plan the next step. Empty only if nothing runs or waits, or when sequences had to give way first: call again."""
+        """Plan the next step. Without tokens if nothing runs or waits, sequences had to give way first, or all of those that
+        run await the reading of their last token."""
         batch = Batch()
         self._fork()
         self._plan_decode(batch)
-        budget = self.max_num_batched_tokens - len(batch.decode)
+        budget = self.max_num_batched_tokens - len(batch.slots)
         budget = self._plan_prefill(batch, budget)
         num_admitted = self._admit(batch, budget)
-        if not (batch.num_tokens or num_admitted) and self.running:
+        if self.running and not (batch.num_tokens or num_admitted or self.table.num_sequences):
             self._unblock()
-        batch.decode.sort(key=lambda sequence: sequence.slot or 0)  # neighbouring states are stepped without being gathered
         batch.moves = self.cache.take_moves()
         return batch
 
     def _fork(self) -> None:
         """Let samples part from leaders that have prefilled their prompt, as far as there is room."""
-        for leader in [s for s in self.running if s.pending and s.is_ready]:
+        for leader in [s for s in self._preparing if s.pending and s.is_ready]:
             while leader.pending and len(self.running) < self.max_num_seqs and self.cache.can_fork(leader, self._reserve):
                 other = leader.sibling(leader.pending.pop(0))
                 self.cache.fork(leader, other)
                 self._run(other)
 
     def _plan_decode(self, batch: Batch) -> None:
-        for sequence in list(self.running):
-            if sequence.status is not Status.RUNNING or not sequence.is_ready or sequence.pending:
+        """Sequences that are ready join, all that decode get room for their next token, the oldest before others."""
+        ready = [s for s in self._preparing if s.is_ready and not s.pending]
+        for sequence in sorted([*ready, *self.table.short_of_pages()], key=lambda s: s.key):
+            if sequence.status is not Status.RUNNING:
                 continue
+            is_new = not self.table.holds(sequence)
+            length = sequence.num_computed + 1 if is_new else int(self.table.lengths[_slot(sequence)]) + 1
             num_pages = len(sequence.pages)
-            while sequence.status is Status.RUNNING and not self.cache.grow(sequence):
+            while sequence.status is Status.RUNNING and not self.cache.grow(sequence, length):
                 self._preempt(self.running[-1])
             if sequence.status is not Status.RUNNING:
                 continue
-            batch.decode.append(sequence)
-            if not sequence.is_decoding:
-                sequence.is_decoding = True
+            if is_new:
+                _remove(self._preparing, sequence)
+                self.table.start(sequence, self.cache.capacity_of(sequence))
                 batch.starting.append(sequence)
             elif len(sequence.pages) > num_pages:
+                self.table.capacities[_slot(sequence)] = self.cache.capacity_of(sequence)
                 batch.growing.append(sequence)
+        batch.slots = self.table.active_slots()
+        batch.serials = self.table.serials_of(batch.slots)
+        batch.wants_top = self.table.num_wanting_top > 0
+        batch.max_context = int(self.table.lengths[batch.slots].max()) + 1 if len(batch.slots) else 0
 
     def _plan_prefill(self, batch: Batch, budget: int) -> int:
         """Go on with the prompts that are under way, oldest first; returns what is left of the budget."""
-        for sequence in self.running:
+        for sequence in self._preparing:
             if budget == 0:
                 break
             if not sequence.is_ready:
@@ -136,7 +166,7 @@ class Scheduler:
             if sequence.status is not Status.WAITING:
                 heapq.heappop(self._waiting)
                 continue
-            num_places = len(self.running) + sum(len(s.pending) for s in self.running)
+            num_places = len(self.running) + sum(len(s.pending) for s in self._preparing)
             if num_places >= self.max_num_seqs or not self.cache.start(sequence, self._reserve):
                 break
             heapq.heappop(self._waiting)
@@ -154,7 +184,8 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
-        bisect.insort(self.running, sequence, key=lambda s: s.key)
+        for group in (self.running, self._preparing):
+            bisect.insort(group, sequence, key=lambda s: s.key)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
@@ -162,9 +193,13 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _stop_running(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        _remove(self.running, sequence)
+        if self.table.holds(sequence):
+            self.table.stop(sequence)
+        else:
+            _remove(self._preparing, sequence)
         self.cache.release(sequence)
-        sequence.num_computed, sequence.is_decoding = 0, False
+        sequence.num_computed = 0
 
     def _unblock(self) -> None:
         """Only leaders run, and no sample of theirs finds room: the youngest gives way, or a lone one goes on without them."""
@@ -176,15 +211,19 @@ class Scheduler:
             rest, youngest.pending = youngest.pending, []
             self._wait(Sequence(youngest.request, rest[0], pending=rest[1:]))
 
-    def complete(self, batch: Batch, tokens: list[int], logprobs: list[float]) -> None:
-        """Enter what a step computed: one token and its log-probability for each of `batch.decode`, in that order."""
-        for sequence, token, logprob in zip(batch.decode, tokens, logprobs, strict=True):
-            sequence.num_computed += 1
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
+    def advance(self, batch: Batch) -> None:
+        """The step is on its way: later ones are planned as if it had run."""
+        self.table.advance(batch.slots)
         for chunk in batch.prefill:
             chunk.sequence.num_computed = chunk.end
             self.cache.record(chunk.sequence)
+
+    def receive(self, batch: Batch, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[int, list[News]]:
+        """Enter what a step computed, a token and its log-probability for each of `batch.slots`, in that order.
+
+        Returns how many of them were for sequences that still run, and which tokens must be looked at.
+        """
+        return self.table.receive(batch.slots, batch.serials, tokens, logprobs)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running or waiting sequence out and free what it holds."""
@@ -203,3 +242,15 @@ class Scheduler:
         for sequence in reversed(list(self.running)):
             self._preempt(sequence)
         self.cache.forget_prefixes()
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def _remove(group: list[Sequence], sequence: Sequence) -> None:
+    """Take a sequence out of a list that is ordered by age."""
+    place = bisect.bisect_left(group, sequence.key, key=lambda s: s.key)
+    assert group[place] is sequence
+    del group[place]

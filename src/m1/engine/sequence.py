@@ -20,7 +20,8 @@ class Completion:
     """One finished completion. The end token is in `token_ids`, not in `text`.
 
     logprobs: of each chosen token under the model's distribution at the sampling temperature (at 0: at temperature 1), before
-    top_k, top_p and min_p.
+    top_k, top_p and min_p. top_logprobs: {token id: log-probability} of the most likely tokens at each place, in falling order,
+    as many as `SamplingParams.logprobs` asked for; None where it did not.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     index: int
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Delta:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason | None = None
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 class Status(Enum):
@@ -68,11 +71,17 @@ class Request:
     def is_finished(self) -> bool:
         return len(self.completions) == self.params.n
 
+    @property
+    def wants_every_token(self) -> bool:
+        """Whether tokens must be looked at one by one as they come, and not only at the end."""
+        return self.on_delta is not None or bool(self.params.stop_strings or self.params.logprobs)
+
 
 class Sequence:
     """One completion on its way. The first of a request leads: it prefills the prompt, then the others fork off it.
 
-    num_computed: tokens in its state. `is_ready` means all but the last are, so that the next step decodes.
+    num_computed: tokens in its state. `is_ready` means all but the last are, so that the next step decodes. While it decodes,
+    its row of the `DecodeTable` counts instead, and `tokens`, `logprobs` and `num_computed` stay as they were.
     pending: sample indices that have yet to fork off; the sequence itself does not decode before they have.
     cuts: token counts at which prefill pauses for a snapshot of the state.
     """
@@ -82,12 +91,12 @@ class Sequence:
         self.pending = pending or []
         self.tokens = list(request.prompt)
         self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
         self.status = Status.WAITING
         self.num_computed = 0
         self.slot: int | None = None
         self.pages: list[int] = []
         self.cuts: list[int] = []
-        self.is_decoding = False  # whether the runner knows its row
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.number}/{self.index}, {self.status.name}, {self.num_computed} of {len(self.tokens)})"
