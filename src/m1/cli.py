@@ -15,6 +15,7 @@ from m1.config import COMMANDS, build, read_recipe
 RUNNERS = {
     "quickstart": "m1.quickstart.run",
     "convert": "m1.conversion.convert",
+    "sample": "m1.sample",
     "align": "m1.training.align",
     "distill": "m1.training.distill",
     "sft": "m1.training.sft",

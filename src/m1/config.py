@@ -51,6 +51,42 @@ class ConvertConfig:
 
 
 @dataclass(kw_only=True)
+class SampleConfig:
+    """Make training data: sample a model on many problems, check the answers, write compressed JSON lines."""
+
+    model: str = ""
+    """Model that is sampled, usually the teacher: a directory or hub name, hybrid or Transformer."""
+    out: str = ""
+    """Directory to write; give it to a training stage as --data. Run again to go on, or with more --samples for more."""
+    data: list[str] = field(default_factory=list)
+    """Problem sets: JSON-lines files or `datasets` names with problem and answer, or reasoning-gym generators as gym:NAME."""
+    num_problems: int = 1000
+    """How many problems to draw from each reasoning-gym generator."""
+    invent: int = 0
+    """How many problems the model invents itself, from nothing but the beginning of a user's turn. They have no answer."""
+    samples: int = 4
+    """Completions a problem."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+    max_new_tokens: int = 1024
+    """Longest completion."""
+    suffix: str = PROBLEM_SUFFIX
+    """Added to every problem that has an answer; empty for none."""
+    reward: str = "auto"
+    """What checks an answer. auto: the problem's own (a reasoning-gym checker, or equality of answers). Or MODULE:FUNCTION."""
+    token_ids: bool = False
+    """Write the tokens of each completion too."""
+    log_probs: bool = False
+    """Write the tokens and their log-probabilities at the sampling temperature too."""
+    device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
+    seed: int = 0
+    """Seed of generated problems and of the sampling."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """What every training stage has."""
 
@@ -59,8 +95,8 @@ class TrainConfig:
     out: str = ""
     """Run directory: metrics, checkpoints, and the trained model at the end. Run again to resume."""
     data: list[str] = field(default_factory=list)
-    """JSON-lines files, `datasets` names, or reasoning-gym generators as gym:NAME. Rows have messages, prompt and completion,
-    or problem and answer."""
+    """JSON-lines files (.gz too), directories of `m1 sample`, `datasets` names, or reasoning-gym generators as gym:NAME. Rows
+    have messages, prompt and completion, or problem and answer."""
     num_problems: int = 1000
     """How many problems to draw from each reasoning-gym generator."""
     steps: int = 100
@@ -147,6 +183,8 @@ class SFTConfig(TrainConfig):
 
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count."""
+    only_correct: bool = True
+    """Of rows that `m1 sample` checked, take those that are correct; rows that nobody checked are all taken."""
 
 
 @dataclass(kw_only=True)
@@ -238,6 +276,7 @@ class QuickstartConfig:
 COMMANDS: dict[str, type] = {
     "quickstart": QuickstartConfig,
     "convert": ConvertConfig,
+    "sample": SampleConfig,
     "align": AlignConfig,
     "distill": DistillConfig,
     "sft": SFTConfig,

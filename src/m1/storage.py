@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 RUN_RECORD = "m1_run.json"
+RUN_CONFIG = "run.json"
 GIB = 2**30
 
 
@@ -81,6 +82,42 @@ def write_run_record(directory: str | Path, command: str, config: dict[str, Any]
         "history": history,
     }
     write_json(Path(directory) / RUN_RECORD, record)
+
+
+def begin_run(directory: str | Path, command: str, config: dict[str, Any]) -> None:
+    """Make a directory with `run.json` in it, which keeps command and config; one that has it already stays as it is."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / RUN_CONFIG).is_file():
+        write_json(directory / RUN_CONFIG, {"command": command, "config": config})
+
+
+def require_same_run(
+    directory: str | Path, command: str, config: dict[str, Any], *, free_to_change: Collection[str] = ()
+) -> None:
+    """Check that `directory` is not there, empty, or was begun by `begin_run` with the same command and config.
+
+    Raises FileExistsError for a directory with something else in it, ValueError naming a key (none of `free_to_change`) in
+    which the run there differs.
+    """
+    directory = Path(directory)
+    path = directory / RUN_CONFIG
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; give another --out")
+    if not path.is_file():
+        if directory.is_dir() and any(not file.name.startswith(".") for file in directory.iterdir()):
+            raise FileExistsError(f"{directory} exists and holds no run of `m1 {command}`; give another --out")
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    if begun["command"] != command:
+        raise ValueError(f"{directory} is a run of `m1 {begun['command']}`, not of `m1 {command}`; give another --out")
+    before, now = begun["config"], json.loads(json.dumps(config))
+    for key in sorted((before.keys() | now.keys()) - set(free_to_change)):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{directory} was begun with {key} = {before.get(key)!r}, not {now.get(key)!r}: "
+                "give the same to go on, or another --out to start anew"
+            )
 
 
 def read_run_record(directory: str | Path) -> dict[str, Any] | None:

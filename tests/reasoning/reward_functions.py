@@ -33,3 +33,10 @@ def misbehave(problem, completion):
 
 def loaded_modules():
     return sorted(sys.modules)
+
+
+def threes(problem, completion):
+    """Full marks for a text with a three; fails where there is a four."""
+    if "4" in completion:
+        raise RuntimeError("no fours")
+    return float("3" in completion)

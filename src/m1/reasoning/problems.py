@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m1.json_lines import numbered_lines
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -28,35 +30,35 @@ class Problem:
 def read_problems(path: str | Path, *, skip_unanswered: bool = False) -> list[Problem]:
     """Read a file of JSON lines with `problem` and `answer`, and optionally `id` and `reward`; other keys become metadata.
 
-    A line without `id` is named by the file's stem and its line number. Blank lines are skipped; lines whose answer is
-    empty only with `skip_unanswered`. Raises ValueError naming the file and line for malformed JSON, missing or empty
-    fields and repeated ids, and for a file without problems; FileNotFoundError for a missing file.
+    A file whose name ends in .gz is decompressed. A line without `id` is named by the file's stem and its line number. Blank
+    lines are skipped; lines whose answer is empty only with `skip_unanswered`. Raises ValueError naming the file and line for
+    malformed JSON, missing or empty fields and repeated ids, and for a file without problems; FileNotFoundError for a missing
+    file.
     """
     path = Path(path)
     problems: dict[str, Problem] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
+    for number, line in numbered_lines(path):
+        where = f"{path}, line {number}"
+        problem = _parse_line(line, where, default_id=f"{path.stem}/{number}")
+        if not problem.answer:
+            if skip_unanswered:
                 continue
-            where = f"{path}, line {number}"
-            problem = _parse_line(line, where, default_id=f"{path.stem}/{number}")
-            if not problem.answer:
-                if skip_unanswered:
-                    continue
-                raise ValueError(f"{where}: the answer is empty; give one, remove the line, or read with skip_unanswered=True")
-            if problem.id in problems:
-                raise ValueError(f"{where}: the id {problem.id!r} stands in an earlier line too; ids must be unique")
-            problems[problem.id] = problem
+            raise ValueError(f"{where}: the answer is empty; give one, remove the line, or read with skip_unanswered=True")
+        if problem.id in problems:
+            raise ValueError(f"{where}: the id {problem.id!r} stands in an earlier line too; ids must be unique")
+        problems[problem.id] = problem
     if not problems:
         raise ValueError(f"{path} holds no problems; expected one JSON object a line with `problem` and `answer`")
     return list(problems.values())
 
 
-def _parse_line(line: str, where: str, default_id: str) -> Problem:
+def _parse_line(line: bytes, where: str, default_id: str) -> Problem:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object with `problem` and `answer`, got {type(record).__name__}")
     for key in ("problem", "answer"):

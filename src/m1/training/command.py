@@ -67,9 +67,11 @@ def run_training(
     print(f"The model is in {directory.path}. Next: {next_command.format(out=config.out)}")
 
 
-def read_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> tuple[list[Document], str]:
+def read_documents(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, loss_on: str, *, only_correct: bool = False
+) -> tuple[list[Document], str]:
     """The documents of `config.data`, and what to say of them."""
-    rows = read_rows(config.data, num_problems=config.num_problems, seed=config.seed)
+    rows = read_rows(config.data, num_problems=config.num_problems, seed=config.seed, only_correct=only_correct)
     documents = make_documents(rows, tokenizer, max_length=config.max_length, loss_on=loss_on, suffix=config.suffix)
     tokens = sum(len(document.token_ids) for document in documents)
     targets = sum(document.num_targets for document in documents)

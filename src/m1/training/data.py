@@ -32,7 +32,8 @@ def make_documents(
 
     Rows have messages, prompt and completion (a user's and an assistant's turn where the tokenizer has a chat template), or
     problem and answer (the user's turn is the problem and `suffix`; the completion is the row's `solution` if there is one,
-    and the answer in a box). `loss_on` is "completion" (assistant turns) or "all" (every token but the first).
+    and the answer in a box). A sample that was cut off (`finish_reason` "length") gets no end token. `loss_on` is
+    "completion" (assistant turns) or "all" (every token but the first).
     Raises ValueError for an ill-formed row, messages without a chat template, and when no document is left.
     """
     if loss_on not in ("completion", "all"):
@@ -41,8 +42,11 @@ def make_documents(
     documents = []
     all_rows = iter(as_rows(rows))
     while some := list(islice(all_rows, _ROWS_AT_ONCE)):
-        conversations = [segments for row in some for segments in _segments_of_row(row, tokenizer, suffix)]
-        for token_ids, is_completion in encoder.encode(conversations):
+        conversations = [(segments, row) for row in some for segments in _segments_of_row(row, tokenizer, suffix)]
+        encoded = encoder.encode([segments for segments, _ in conversations])
+        for (token_ids, is_completion), (_, row) in zip(encoded, conversations, strict=True):
+            if row.fields.get("finish_reason") == "length":  # a sample that was cut off did not end here
+                token_ids, is_completion = token_ids[:-1], is_completion[:-1]
             is_target = np.ones(len(token_ids), dtype=bool) if loss_on == "all" else is_completion
             document = Document(token_ids[:max_length], is_target[:max_length])
             if document.num_targets:
@@ -58,6 +62,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return tokenizer(text)["input_ids"]
     rendered = _render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of a conversation up to where the user's words stand. The tokenizer must have a chat template."""
+    mark = "\x00user\x00"
+    return _render(tokenizer, [{"role": "user", "content": mark}], add_generation_prompt=False).partition(mark)[0]
 
 
 class SegmentEncoder:

@@ -58,7 +58,7 @@ def run(config: SFTConfig) -> None:
     run_training(
         "sft",
         config,
-        read_data=lambda tokenizer: read_documents(config, tokenizer, config.loss_on),
+        read_data=lambda tokenizer: read_documents(config, tokenizer, config.loss_on, only_correct=config.only_correct),
         train=lambda model, _, documents, directory: sft(model, documents, config, directory=directory),
         frozen=config.frozen,
         next_command="m1 grpo --model {out} --data …, or m1 solve --model {out} …",

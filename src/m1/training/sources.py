@@ -1,4 +1,5 @@
-"""Where training data comes from: JSON-lines files, `datasets` names, and reasoning-gym generators as gym:NAME.
+"""Where training data comes from: JSON-lines files (.gz too), directories of `m1 sample`, `datasets` names, and
+reasoning-gym generators as gym:NAME.
 
 A row is checked here, and an error names its file and line; how it becomes tokens is decided in `data.py`.
 """
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m1.json_lines import GZIP, numbered_lines
 from m1.reasoning.problems import Problem, generate_problems, read_problems
 from m1.reasoning.rewards import require_reward_name
+from m1.storage import RUN_RECORD
 
 GYM_PREFIX = "gym:"
 _SHAPES = "'messages', or 'prompt' and 'completion', or 'problem' and 'answer'"
@@ -25,8 +28,10 @@ class Row:
     where: str
 
 
-def read_rows(sources: Sequence[str], *, num_problems: int, seed: int) -> list[Row]:
-    """All rows of `sources` in their order: files, `datasets` names (NAME or NAME:SPLIT), generators (gym:NAME).
+def read_rows(sources: Sequence[str], *, num_problems: int, seed: int, only_correct: bool = False) -> list[Row]:
+    """All rows of `sources` in their order: files, directories, `datasets` names (NAME or NAME:SPLIT), generators (gym:NAME).
+
+    only_correct: leave out rows whose `is_correct` is there and not true.
 
     Raises FileNotFoundError for a missing file, and ValueError for a malformed line (named by file and number), a row of
     another shape, an empty source, an unknown generator, or a `datasets` name when `datasets` is not installed.
@@ -41,11 +46,15 @@ def read_rows(sources: Sequence[str], *, num_problems: int, seed: int) -> list[R
                 for problem in generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
             ]
         elif is_file_name(source):
-            new = list(_read_json_lines(Path(source)))
+            new = [row for path in _files_of(Path(source)) for row in _read_json_lines(path)]
         else:
             new = list(_read_dataset(source))
         if not new:
             raise ValueError(f"{source}: the data set is empty")
+        if only_correct:
+            new = [row for row in new if row.fields.get("is_correct", True) is True]
+            if not new:
+                raise ValueError(f"{source}: no sample in it is correct; --no-only-correct takes all")
         rows += new
     return rows
 
@@ -62,7 +71,7 @@ def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, re
         if source.startswith(GYM_PREFIX):
             problems += generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
         elif is_file_name(source):
-            problems += read_problems(_existing(Path(source)))
+            problems += [problem for path in _files_of(Path(source)) for problem in read_problems(path)]
         else:
             problems += [_problem_of(row) for row in _read_dataset(source)]
     if reward == "auto":
@@ -96,28 +105,33 @@ def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> list[Row]:
 def is_file_name(source: str) -> bool:
     """Whether a source means a file: it exists, or looks like a path rather than a `datasets` name."""
     path = Path(source)
-    return path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute() or source.startswith((".", "~"))
+    return path.exists() or path.suffix in (".jsonl", ".json", GZIP) or path.is_absolute() or source.startswith((".", "~"))
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
-    return path
+def _files_of(source: Path) -> list[Path]:
+    """The file itself, or the samples in a directory that `m1 sample` finished."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such data file")
+    files = sorted(source.glob("samples-*.jsonl.gz"))
+    if not files:
+        raise ValueError(f"{source}: expected a file, or a directory that `m1 sample` wrote; this one has no samples")
+    if not (source / RUN_RECORD).is_file():
+        raise ValueError(f"{source}: `m1 sample` has not finished it; run that command again first")
+    return files
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    with _existing(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                fields = json.loads(line.strip())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason})") from error
-            yield check_row(fields, where)
+    for number, line in numbered_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error.reason})") from error
+        yield check_row(fields, where)
 
 
 def _read_dataset(source: str) -> Iterator[Row]:

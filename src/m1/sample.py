@@ -1,0 +1,278 @@
+"""`m1 sample`: completions of many problems, checked and written as data for training.
+
+Problems come from files, reasoning-gym, or the model itself, which writes a user's turn when it is given nothing but the
+beginning of one (arXiv 2406.08464). The wiring only: the engine samples, m1.reasoning checks, json_lines.py writes. Started by
+torchrun, each process takes its share of the problems and writes a file of its own; what they write: sample_directory.py.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from m1.config import SampleConfig, require
+from m1.engine.llm import Engine
+from m1.engine.sampling_params import SamplingParams
+from m1.engine.sequence import Completion, Request
+from m1.json_lines import BlockWriter
+from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
+from m1.reasoning.answers import extract_answer
+from m1.reasoning.problems import Problem
+from m1.reasoning.rewards import Score, Scorer
+from m1.sample_directory import SampleDirectory
+from m1.training.data import prompt_ids, user_prefix
+from m1.training.sources import read_problem_set
+
+FULL_MARKS = 1.0
+INVENTED_TOKENS = 512  # longest problem that the model may invent
+BLOCK_PROBLEMS, BLOCK_SECONDS = 64, 60.0  # a kill loses at most so much
+
+
+@dataclass(frozen=True)
+class Job:
+    """One problem, and which of its samples are still to be drawn: `count` of them from number `first` on."""
+
+    problem: Problem
+    text: str
+    prompt: list[int]
+    first: int
+    count: int
+
+
+@dataclass
+class Tally:
+    """What a process has drawn since it started."""
+
+    samples: int = 0
+    tokens: int = 0
+    checked: int = 0
+    correct: int = 0
+    failed: int = 0
+
+
+def run(config: SampleConfig) -> None:
+    """The command. Nothing is written before the input is found good; run again, it draws what is missing."""
+    require(config, "model", "out")
+    _check_numbers(config)
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    directory = SampleDirectory(config)
+    tokenizer = load_tokenizer(config.model, needs_chat_template=bool(config.invent))
+    problems = _read_problems(config)
+    ids = [problem.id for problem in problems]
+    missing = directory.num_missing(ids)
+    if directory.is_finished and not missing:
+        print(f"{config.out} is finished already. Next: m1 sft or m1 distill with --data {config.out}")
+        return
+    directory.require_disk(missing)
+    engine = _load_engine(config, tokenizer, problems)
+    if rank == 0:
+        print(f"m1 sample: {len(problems):,} problems and {config.invent:,} that {config.model} invents itself")
+        print(f"  {config.samples} samples of at most {config.max_new_tokens:,} tokens each, on {engine.model.device}")
+        print(f"  {missing:,} samples are missing in {config.out}; Ctrl-C and the same command go on later", flush=True)
+    directory.create()
+    start = time.perf_counter()
+    with Scorer() as scorer:
+        mine = problems[rank::num_ranks] + _invent(engine, tokenizer, config, directory, rank, num_ranks)
+        jobs = _missing(mine, tokenizer, config, directory.counts())
+        with directory.writer("samples", rank) as writer:
+            tally = _sample(engine, jobs, scorer, config, writer)
+    seconds = time.perf_counter() - start
+    if not directory.num_missing(ids):  # the last process to end finds it so
+        directory.finish(seconds=round(seconds, 1))
+    _conclude(config, tally, seconds)
+
+
+def _check_numbers(config: SampleConfig) -> None:
+    for name in ("samples", "max_new_tokens", "num_problems"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+    if config.invent < 0:
+        raise ValueError(f"--invent: expected 0 or more, got {config.invent}")
+    if config.temperature <= 0 and (config.samples > 1 or config.invent):
+        raise ValueError(f"--temperature: expected more than 0, so that samples differ, got {config.temperature}")
+    if not config.data and not config.invent:
+        raise ValueError("--data or --invent is needed: problem sets, or a number of problems that the model invents")
+
+
+def _read_problems(config: SampleConfig) -> list[Problem]:
+    if not config.data:
+        return []
+    problems = read_problem_set(config.data, num_problems=config.num_problems, seed=config.seed, reward=config.reward)
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise ValueError(f"data: the id {problem.id!r} stands for two problems; samples are told apart by it")
+        seen.add(problem.id)
+    return problems
+
+
+def _load_engine(config: SampleConfig, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Engine:
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    longest = max((len(prompt_ids(tokenizer, problem.problem + config.suffix)) for problem in problems), default=0)
+    longest = max(longest, 2 * INVENTED_TOKENS if config.invent else 0)
+    model = load_model(config.model, dtype=inference_dtype(device), device=device)
+    limit = model.config.max_position_embeddings
+    if longest >= limit:
+        raise ValueError(f"data: a prompt of {longest} tokens leaves no room in the model's {limit}; remove such problems")
+    return Engine(model, tokenizer, max_model_len=min(limit, longest + config.max_new_tokens))
+
+
+def _invent(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SampleConfig,
+    directory: SampleDirectory,
+    rank: int,
+    num_ranks: int,
+) -> list[Problem]:
+    """This process's share of the problems that the model invents; those that are in the directory are not invented again."""
+    ids = [directory.invented_id(number) for number in range(rank, config.invent, num_ranks)]
+    if not ids:
+        return []
+    prefix = tokenizer(user_prefix(tokenizer), add_special_tokens=False)["input_ids"]
+    known = directory.inventions()
+    jobs = [Job(Problem(id_, "", ""), "", prefix, 0, 1) for id_ in ids if id_ not in known]
+    with (
+        directory.writer("problems", rank) as writer,
+        tqdm(total=len(jobs), desc="invent", unit="problem", disable=None) as bar,
+    ):
+        texts, block = set(known.values()), []
+        for job, (completion,) in _complete(engine, jobs, config, max_tokens=INVENTED_TOKENS):
+            text = completion.text.strip()
+            is_new = bool(text) and text not in texts and completion.finish_reason == "stop"
+            texts.add(text)
+            known[job.problem.id] = text if is_new else None
+            block.append({"id": job.problem.id, "problem": known[job.problem.id]})
+            if len(block) == BLOCK_PROBLEMS:
+                writer.append(block)
+                block = []
+            bar.update()
+        writer.append(block)
+    invented = [(id_, known[id_]) for id_ in ids]
+    return [Problem(id_, text, "") for id_, text in invented if text is not None]
+
+
+def _missing(
+    problems: Iterable[Problem], tokenizer: PreTrainedTokenizerBase, config: SampleConfig, done: dict[str, int]
+) -> list[Job]:
+    jobs = []
+    for problem in problems:
+        first = done.get(problem.id, 0)
+        if first < config.samples:
+            text = problem.problem + (config.suffix if problem.answer else "")  # who asks of his own asks as he likes
+            jobs.append(Job(problem, text, prompt_ids(tokenizer, text), first, config.samples - first))
+    return jobs
+
+
+def _sample(engine: Engine, jobs: list[Job], scorer: Scorer, config: SampleConfig, writer: BlockWriter) -> Tally:
+    """Draw, check and write what the jobs ask for."""
+    tally, written_at = Tally(), time.perf_counter()
+    finished: list[tuple[Job, list[Completion]]] = []
+    with tqdm(total=sum(job.count for job in jobs), desc="sample", unit="sample", disable=None) as bar:
+        try:
+            for job, completions in _complete(engine, jobs, config, max_tokens=config.max_new_tokens):
+                finished.append((job, completions))
+                bar.update(job.count)
+                if len(finished) == BLOCK_PROBLEMS or time.perf_counter() - written_at > BLOCK_SECONDS:
+                    block, finished, written_at = finished, [], time.perf_counter()
+                    writer.append(_judge(block, scorer, config, tally))
+                    share, speed = tally.correct / max(1, tally.checked), engine.metrics.tokens_per_second
+                    bar.set_postfix_str(f"{share:.1%} correct, {speed:,.0f} tokens/s", refresh=False)
+        except KeyboardInterrupt:
+            writer.append(_judge(finished, scorer, config, tally))
+            raise
+        writer.append(_judge(finished, scorer, config, tally))
+    return tally
+
+
+def _complete(
+    engine: Engine, jobs: Iterable[Job], config: SampleConfig, *, max_tokens: int
+) -> Iterator[tuple[Job, list[Completion]]]:
+    """Each job with its completions as it finishes; the engine is always given enough to be full."""
+    waiting = iter(jobs)
+    running: list[tuple[Job, Request]] = []
+    try:
+        while True:
+            while sum(job.count for job, _ in running) < 2 * engine.capacity.max_num_seqs and (job := next(waiting, None)):
+                params = SamplingParams(
+                    n=job.count,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_tokens=max_tokens,
+                    seed=_seed(config.seed, job),
+                )
+                running.append((job, engine.submit(job.prompt, params)))
+            if not running:
+                return
+            engine.step()
+            finished = [entry for entry in running if entry[1].is_finished]
+            if finished:
+                running = [entry for entry in running if not entry[1].is_finished]
+            for job, request in finished:
+                if request.error is not None:
+                    raise request.error
+                yield job, [request.completions[index] for index in range(job.count)]
+    finally:
+        for _, request in running:
+            engine.abort(request)
+
+
+def _seed(seed: int, job: Job) -> int:
+    """Of a job: the same whenever and wherever it is drawn."""
+    text = f"{seed}/{job.problem.id}/{job.first}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def _judge(
+    finished: list[tuple[Job, list[Completion]]], scorer: Scorer, config: SampleConfig, tally: Tally
+) -> list[dict[str, Any]]:
+    """Rows of finished jobs. is_correct is null where there is no reference answer, or the reward could not be computed."""
+    samples = [(job, completion) for job, completions in finished for completion in completions]
+    checkable = [(job.problem, completion.text) for job, completion in samples if job.problem.answer]
+    scores = iter(scorer.score_many([problem for problem, _ in checkable], [text for _, text in checkable]))
+    rows = []
+    for job, completion in samples:
+        score = next(scores) if job.problem.answer else Score(0.0, extract_answer(completion.text), "no reference answer")
+        is_correct = None if score.reason is not None else score.reward >= FULL_MARKS
+        row = {
+            "id": job.problem.id,
+            "sample": job.first + completion.index,
+            "problem": job.problem.problem,
+            "answer": job.problem.answer or None,
+            "prompt": job.text,
+            "completion": completion.text,
+            "extracted": score.answer,
+            "is_correct": is_correct,
+            "finish_reason": completion.finish_reason,
+            "num_tokens": len(completion.token_ids),
+        }
+        if config.token_ids or config.log_probs:
+            row["token_ids"] = completion.token_ids
+        if config.log_probs:
+            row["log_probs"] = [round(value, 5) for value in completion.logprobs]
+        rows.append(row)
+        tally.samples += 1
+        tally.tokens += len(completion.token_ids)
+        tally.checked += is_correct is not None
+        tally.correct += bool(is_correct)
+        tally.failed += bool(job.problem.answer) and is_correct is None
+    return rows
+
+
+def _conclude(config: SampleConfig, tally: Tally, seconds: float) -> None:
+    """Say what this process has drawn, and what comes next."""
+    words = f"{tally.samples:,} samples, {tally.tokens:,} tokens in {seconds:.0f} s"
+    if tally.checked:
+        words += f"; {tally.correct / tally.checked:.1%} of {tally.checked:,} checked answers are correct"
+    if tally.failed:
+        words += f"; the reward of {tally.failed:,} could not be computed"
+    print(words)
+    print(f"The data is {config.out}. Next: m1 distill --data {config.out} …, or m1 sft --data {config.out} … (correct ones)")

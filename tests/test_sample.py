@@ -1,0 +1,217 @@
+"""`m1 sample`: rows that training takes, each sample once however often it was killed, checked answers marked."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from m1 import sample as sample_module
+from m1.config import SampleConfig
+from m1.engine.llm import Engine
+from m1.json_lines import read_blocks
+from m1.sample import run
+from m1.storage import read_run_record
+from m1.training.data import make_documents, user_prefix
+from m1.training.sources import read_problem_set, read_rows
+from tests.training import tiny
+
+REWARD = "tests.reasoning.reward_functions:threes"
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def word_tokenizer():
+    tokenizer = tiny.word_tokenizer("0 1 2 3 4 5 user assistant")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Random, and of nine words, so that it says something with every digit in it soon."""
+    path = tmp_path_factory.mktemp("model")
+    built = tiny.model("mamba2", vocab_size=9)
+    with torch.no_grad():
+        built.model.embed_tokens.weight.mul_(0.25)
+    built.save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl.gz"
+    rows = [{"id": f"p{number}", "problem": f"{number} 1", "answer": str(number)} for number in range(6)]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
+
+
+def config(model, problems, out, **fields):
+    options = {"samples": 3, "max_new_tokens": 8, "device": "cpu", "suffix": " 2"}
+    return SampleConfig(model=str(model), data=[str(problems)], out=str(out), **options | fields)
+
+
+def rows_of(out, kind="samples"):
+    return [row for path in sorted(out.glob(f"{kind}-*.jsonl.gz")) for row in read_blocks(path)[0]]
+
+
+def keys_of(out):
+    return [(row["id"], row["sample"]) for row in rows_of(out)]
+
+
+def same_samples(one, other):
+    order = lambda rows: sorted(rows, key=lambda row: (row["id"], row["sample"]))  # noqa: E731
+    return order(rows_of(one)) == order(rows_of(other))
+
+
+def test_every_sample_once_and_training_reads_it(model, problems, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(config(model, problems, out, log_probs=True, reward=REWARD))
+    rows = rows_of(out)
+    assert sorted(keys_of(out)) == [(f"p{p}", s) for p in range(6) for s in range(3)]
+    for row in rows:
+        assert row["prompt"] == row["problem"] + " 2"
+        assert row["is_correct"] is (None if "4" in row["completion"] else "3" in row["completion"])
+        assert len(row["token_ids"]) == len(row["log_probs"]) == row["num_tokens"]
+        assert all(value <= 0 for value in row["log_probs"])
+    assert {row["is_correct"] for row in rows} == {True, False, None}
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    record = read_run_record(out)
+    assert record["samples"] == 18
+    assert record["correct"] == sum(row["is_correct"] is True for row in rows)
+    assert "could not be computed" in capsys.readouterr().out
+
+    read = read_rows([str(out)], num_problems=1, seed=0)
+    assert len(read) == 18
+    correct = read_rows([str(out)], num_problems=1, seed=0, only_correct=True)
+    assert [row.fields["is_correct"] for row in correct] == [True] * record["correct"]
+    for row, document in zip(rows, make_documents(read, word_tokenizer(), max_length=200), strict=True):
+        completion = document.token_ids[document.is_target]
+        assert completion.tolist() == row["token_ids"], "what was sampled is what is learnt: with its end, or without one"
+
+    run(config(model, problems, out, log_probs=True, reward=REWARD))
+    assert "finished already" in capsys.readouterr().out
+
+
+class KilledError(Exception):
+    pass
+
+
+def stop_after(monkeypatch, num_steps, error):
+    """From now on, the engine's step after `num_steps` raises."""
+    steps, step = iter(range(num_steps)), Engine.step
+
+    def counted(engine):
+        if next(steps, None) is None:
+            raise error
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+
+
+def test_a_killed_run_goes_on_without_gaps_or_doubles(model, problems, tmp_path, monkeypatch):
+    run(config(model, problems, tmp_path / "whole"))
+    out = tmp_path / "parts"
+    for num_steps in (7, 7, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(sample_module, "BLOCK_PROBLEMS", 1)
+            stop_after(patch, num_steps, KilledError())
+            with pytest.raises(KilledError):
+                run(config(model, problems, out))
+        assert not (out / "m1_run.json").exists()
+        with pytest.raises(ValueError, match="has not finished it"):
+            read_rows([str(out)], num_problems=1, seed=0)
+        [path] = out.glob("samples-*")
+        path.write_bytes(path.read_bytes()[:-1])  # and the last block was torn
+    assert 0 < len(keys_of(out)) < 18
+    run(config(model, problems, out))
+    assert len(keys_of(out)) == len(set(keys_of(out))) == 18
+    assert same_samples(out, tmp_path / "whole")
+
+
+def test_what_was_finished_when_interrupted_is_kept(model, problems, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(config(model, problems, tmp_path / "out"))
+    assert 0 < len(keys_of(tmp_path / "out")) < 18
+
+
+def test_more_samples_are_added_to_those_that_are_there(model, problems, tmp_path):
+    out = tmp_path / "out"
+    run(config(model, problems, out, samples=2))
+    before = rows_of(out)
+    run(config(model, problems, out, samples=5))
+    assert rows_of(out)[: len(before)] == before
+    assert sorted(keys_of(out)) == [(f"p{p}", s) for p in range(6) for s in range(5)]
+    texts = [row["completion"] for row in rows_of(out)]
+    assert len(set(texts)) > len(texts) / 2, "later samples are not the earlier ones again"
+    with pytest.raises(ValueError, match=r"begun with temperature = 1.0, not 0.5"):
+        run(config(model, problems, out, temperature=0.5))
+
+
+def test_ranks_share_the_problems(model, problems, tmp_path, monkeypatch):
+    run(config(model, problems, tmp_path / "one"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        assert not (tmp_path / "two" / "m1_run.json").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        run(config(model, problems, tmp_path / "two"))
+    assert len(list((tmp_path / "two").glob("samples-*"))) == 2
+    assert read_run_record(tmp_path / "two")["samples"] == 18
+    assert same_samples(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_model_invents_problems(model, problems, tmp_path):
+    assert user_prefix(tiny.byte_tokenizer()) == "<|im_start|>user\n"
+    assert user_prefix(word_tokenizer()) == "user "
+    out = tmp_path / "out"
+    settings = config(model, problems, out, invent=12, samples=2, max_new_tokens=6)
+    settings.data = []
+    run(settings)
+    invented = rows_of(out, "problems")
+    assert {row["id"] for row in invented} == {f"invented/0/{number}" for number in range(12)}
+    texts = [row["problem"] for row in invented if row["problem"] is not None]
+    assert len(texts) == len(set(texts)) > 2
+    rows = rows_of(out)
+    assert {row["prompt"] for row in rows} == set(texts), "an invented problem stands as it is, without the suffix"
+    assert len(rows) == 2 * len(texts)
+    assert all(row["is_correct"] is None and row["answer"] is None for row in rows)
+    with pytest.raises(ValueError, match="no sample in it is correct"):
+        read_rows([str(out)], num_problems=1, seed=0, only_correct=True)
+    settings.invent = 14
+    run(settings)
+    assert rows_of(out, "problems")[:12] == invented
+
+
+def test_a_sample_file_is_a_problem_set_only_where_ids_are_unique(problems, tmp_path):
+    assert [problem.id for problem in read_problem_set([str(problems)], num_problems=1, seed=0)] == [f"p{n}" for n in range(6)]
+    twice = config("nowhere", problems, tmp_path / "out")
+    twice.data = [str(problems), str(problems)]
+    with pytest.raises(ValueError, match="the id 'p0' stands for two problems"):
+        sample_module._read_problems(twice)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"samples": 0}, "--samples: expected at least 1, got 0"),
+        ({"temperature": 0.0}, "--temperature: expected more than 0, so that samples differ"),
+        ({"invent": -1}, "--invent: expected 0 or more"),
+        ({"data": []}, "--data or --invent is needed"),
+        ({"model": ""}, "--model is needed"),
+        ({"data": ["missing.jsonl.gz"]}, "missing.jsonl.gz: no such data file"),
+        ({"samples": 10**12}, "m1 sample: .* GiB on the disk"),
+    ],
+)
+def test_bad_input_leaves_nothing(model, problems, tmp_path, fields, message):
+    settings = config(model, problems, tmp_path / "out")
+    for name, value in fields.items():
+        setattr(settings, name, value)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(settings)
+    assert not (tmp_path / "out").exists()
