@@ -187,11 +187,12 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
     from m1.kernels.causal_conv1d import reference
 
     heads, groups = MODELS[model]
-    tokens, channels = sum(lengths), (heads if is_repeated_first else groups) * WIDTH
+    tokens, channels, sources = sum(lengths), (heads if is_repeated_first else groups) * WIDTH, groups * WIDTH
 
     def inputs() -> dict[str, Any]:
         return {
-            "x": _randn(tokens, channels),
+            "x": _randn(tokens, sources),
+            "head_width": WIDTH,
             "weight": torch.randn(channels, 4, device="cuda"),
             "bias": torch.randn(channels, device="cuda"),
             "activation": "silu",
@@ -208,7 +209,7 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
 
         return triton_impl.causal_conv1d(**kwargs)
 
-    forward_bytes = 4 * tokens * channels
+    forward_bytes = 2 * tokens * (sources + channels)
 
     def forward(config: Any = None) -> Calls:
         return _sets(lambda: functools.partial(kernel, **inputs(), config=config or default()), forward_bytes)
@@ -224,14 +225,14 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
 
     label = f"{model} {channels} channels {_documents(lengths)}"
     shared = {"build_with": forward, "default": default}
-    fields: dict[str, list[Any]] = {"chunk": [32, 64, 128, 256], "num_warps": [1, 2, 4]}
+    fields: dict[str, list[Any]] = {"chunk": [16, 32, 64, 128, 256], "num_warps": [1, 2, 4]}
     return [
         ScanCase(
             f"causal_conv1d {label}", forward_bytes, forward, reference_forward,
             exponentials=2 * tokens * channels, fields={**fields, "steps": [4, 8, 16]}, **shared,
         ),
         ScanCase(
-            f"causal_conv1d backward {label}", 6 * tokens * channels, both, reference_both,
+            f"causal_conv1d backward {label}", 2 * tokens * (2 * sources + channels), both, reference_both,
             exponentials=2 * tokens * channels, build_forward=forward, build_reference_forward=reference_forward,
             fields={**fields, "backward_steps": [4, 8]}, **shared | {"build_with": both},
         ),
@@ -257,14 +258,16 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
 
     def step_inputs() -> dict[str, Any]:
         ssm_state, slots = states()
+        parameters = _parameters(heads)
+        parameters["A_log"] = (-parameters.pop("A")).log()
         return {
-            "conv_state": _randn(BATCH, inner, 3),
+            "conv_state": _randn(BATCH, 3, shared).mT,
             "ssm_state": ssm_state,
             "slots": slots,
             "conv_weight": torch.randn(inner, 4, device="cuda"),
             "conv_bias": torch.randn(inner, device="cuda"),
             **_activations(model, BATCH, False),
-            **_parameters(heads),
+            **parameters,
         }
 
     def update(config: Any = None) -> Calls:
@@ -304,10 +307,10 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             fields={"heads": [1, 2, 4, 8, 16], "num_warps": warps},
         ),
         ScanCase(
-            f"mamba1_step {label}", ssm_bytes + row_bytes + 2 * BATCH * inner * 3 * 2, step,
+            f"mamba1_step {label}", ssm_bytes + row_bytes + 2 * BATCH * shared * 3 * 2, step,
             reference_step,
-            exponentials=BATCH * inner * (D_STATE + 4), build_with=step, default=default_step,
-            fields={"groups": [1, 2, 4, 8], "num_warps": warps},
+            exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
+            fields={"heads": [1, 4, 8, 16, 32], "num_warps": warps},
         ),
     ]  # fmt: skip
 

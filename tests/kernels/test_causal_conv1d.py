@@ -51,6 +51,37 @@ def test_widths_and_optional_inputs(width: int, absent: tuple[str, ...]) -> None
     assert_close(run_op(inputs, lengths, "silu"), run_naive(inputs, lengths, "silu"), REL_RMS[torch.float32])
 
 
+@pytest.mark.parametrize(("head_width", "num_repeats"), [(2, 3), (3, 2), (6, 1)])
+def test_heads_of_x_serve_several_heads_of_filters(head_width: int, num_repeats: int) -> None:
+    """The same as repeating x and its initial state first: outputs, and gradients summed over the repetitions."""
+    lengths = [1, 9, 3]
+    inputs = make_inputs(13, 3)
+    generator = torch.Generator().manual_seed(5)
+    inputs["weight"] = torch.randn(num_repeats * D, 4, generator=generator)
+    inputs["bias"] = torch.randn(num_repeats * D, generator=generator)
+    index = torch.tensor(
+        [h // num_repeats * head_width + p for h in range(num_repeats * D // head_width) for p in range(head_width)]
+    )
+
+    def repeated(**kw: Tensor) -> tuple[Tensor, Tensor]:
+        wide = kw | {"x": kw["x"][:, index], "initial_state": kw["initial_state"][:, index]}
+        y, final = naive.convolution(wide, lengths, "silu")
+        own = [channel for channel in range(num_repeats * D) if channel // head_width % num_repeats == 0]
+        return y, final[:, own]
+
+    expected = gradients_and_outputs(repeated, {name: tensor.double() for name, tensor in inputs.items()})
+    options = {"activation": "silu", "cu_seqlens": naive.cu_seqlens(lengths), "output_final_state": True}
+    actual = gradients_and_outputs(lambda **kw: causal_conv1d(**kw, **options, head_width=head_width), inputs)
+    assert_close(actual, expected, REL_RMS[torch.float32])
+
+    states = inputs["initial_state"].clone()
+    x, weight, bias = inputs["x"][:3], inputs["weight"], inputs["bias"]
+    y = causal_conv1d_update(x, states, weight, bias, activation="silu", head_width=head_width)
+    wide_states = inputs["initial_state"][:, index]
+    assert torch.equal(y, causal_conv1d_update(x[:, index], wide_states, weight, bias, activation="silu"))
+    assert torch.equal(states[:, index], wide_states)
+
+
 def test_width_one_has_no_state() -> None:
     inputs = make_inputs(5, 1, 1)
     y, state = causal_conv1d(**inputs, output_final_state=True)

@@ -22,22 +22,28 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_inputs(
-    num_tokens: int, num_sequences: int, channels: int, width: int, dtype: torch.dtype, device: str
+    num_tokens: int, num_sequences: int, channels: int, width: int, dtype: torch.dtype, device: str, num_repeats: int = 1
 ) -> dict[str, Tensor]:
     torch.manual_seed(0)
     inputs = {
         "x": torch.randn(num_tokens, channels + 3, dtype=dtype, device=device)[:, 1:-2],  # rows of something wider
-        "weight": torch.randn(channels, width, dtype=dtype, device=device),
-        "bias": torch.randn(channels, dtype=dtype, device=device),
+        "weight": torch.randn(num_repeats * channels, width, dtype=dtype, device=device),
+        "bias": torch.randn(num_repeats * channels, dtype=dtype, device=device),
     }
     if width > 1:
         inputs["initial_state"] = torch.randn(num_sequences, channels, width - 1, dtype=dtype, device=device)
     return inputs
 
 
-def check(inputs: dict[str, Tensor], lengths: list[int], activation: Any, config: kernel.ConvConfig | None) -> None:
+def check(
+    inputs: dict[str, Tensor],
+    lengths: list[int],
+    activation: Any,
+    config: kernel.ConvConfig | None,
+    head_width: int | None = None,
+) -> None:
     x = inputs["x"]
-    options = {"activation": activation, "cu_seqlens": bounds_of(lengths, x.device.type)}
+    options = {"activation": activation, "cu_seqlens": bounds_of(lengths, x.device.type), "head_width": head_width}
     has_state = inputs["weight"].shape[1] > 1
 
     def with_state(op: Any, **more: Any) -> Any:
@@ -67,6 +73,16 @@ def test_outputs_states_and_gradients(
     check(make_inputs(sum(lengths), len(lengths), channels, width, dtype, device), lengths, activation, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("channels", "head_width", "num_repeats", "dtype"),
+    [(12, 4, 3, torch.float32), (12, 4, 3, torch.bfloat16), (270, 5, 2, torch.float32)],
+)
+def test_x_repeated_by_indexing(channels: int, head_width: int, num_repeats: int, dtype: torch.dtype, device: str) -> None:
+    lengths = [1, 6]
+    inputs = make_inputs(7, 2, channels, 4, dtype, device, num_repeats)
+    check(inputs, lengths, "silu", SMALL, head_width)
+
+
 @pytest.mark.parametrize("absent", [("bias",), ("initial_state",), ("bias", "initial_state")])
 def test_optional_inputs(absent: tuple[str, ...], device: str) -> None:
     lengths = [2, 9]
@@ -87,18 +103,20 @@ def test_gradient_of_the_final_state_alone(device: str) -> None:
     compare(lambda **kw: ours(**kw, **rest), lambda **kw: truth(**kw, **rest), wide, torch.float32)
 
 
+@pytest.mark.parametrize("num_repeats", [1, 3])
 @pytest.mark.parametrize("width", [1, 4])
-def test_update_shifts_the_states_it_is_given(width: int, device: str) -> None:
+def test_update_shifts_the_states_it_is_given(width: int, num_repeats: int, device: str) -> None:
     """Rows whose slot does not exist change nothing and yield zeros; the states' layout is free."""
     torch.manual_seed(1)
-    x, weight, bias = torch.randn(4, 7, device=device), torch.randn(7, width, device=device), torch.randn(7, device=device)
-    states = torch.randn(width - 1, 6, 7, device=device).permute(1, 2, 0)
+    x, weight = torch.randn(4, 6, device=device), torch.randn(6 * num_repeats, width, device=device)
+    bias = torch.randn(6 * num_repeats, device=device)
+    states = torch.randn(width - 1, 6, 6, device=device).permute(1, 2, 0)
     expected_states = states.clone()
     slots = torch.tensor([4, -1, 0, 6], device=device)
     is_real = torch.tensor([True, False, True, False])
-    y = kernel.causal_conv1d_update(x, states, weight, bias, activation="silu", slots=slots)
+    y = kernel.causal_conv1d_update(x, states, weight, bias, activation="silu", slots=slots, head_width=2)
     expected = reference.causal_conv1d_update(
-        x[is_real], expected_states, weight, bias, activation="silu", slots=slots[is_real]
+        x[is_real], expected_states, weight, bias, activation="silu", slots=slots[is_real], head_width=2
     )
     assert rel_rms(y[is_real], expected) < TOLERANCE[torch.float32]
     assert torch.equal(states, expected_states)
@@ -122,6 +140,32 @@ def test_at_length(lengths: list[int], channels: int, dtype: torch.dtype) -> Non
     inputs = make_inputs(sum(lengths), len(lengths), channels, 4, dtype, "cuda")
     check(inputs, lengths, "silu", None)
     check(inputs, lengths, "silu", kernel.ConvConfig(chunk=128, steps=4, backward_steps=8, num_warps=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "num_repeats"), [(64, 3), (8, 7)])
+@pytest.mark.parametrize("lengths", [[63, 1, 1000, 2, 4097, 64]])
+def test_x_repeated_by_indexing_at_length(lengths: list[int], groups: int, num_repeats: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(sum(lengths), len(lengths), 16 * groups, 4, dtype, "cuda", num_repeats)
+    check(inputs, lengths, "silu", None, 16)
+    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=32, num_warps=2), 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [32, 256])
+@pytest.mark.parametrize("is_channel_last", [False, True])
+def test_update_at_model_sizes(block: int, is_channel_last: bool) -> None:
+    """Also where a program has more threads than channels, so that several hold the same window."""
+    torch.manual_seed(2)
+    x = torch.randn(300, 1000, device="cuda")
+    weight, bias = torch.randn(3000, 4, device="cuda"), torch.randn(3000, device="cuda")
+    states = torch.randn(310, 3, 1000, device="cuda").mT if is_channel_last else torch.randn(310, 1000, 3, device="cuda")
+    expected_states, slots = states.clone(), torch.randperm(310, device="cuda")[:300]
+    y = kernel.causal_conv1d_update(x, states, weight, bias, slots=slots, head_width=20, block=block)
+    expected = reference.causal_conv1d_update(x, expected_states, weight, bias, slots=slots, head_width=20)
+    assert rel_rms(y, expected) < TOLERANCE[torch.float32]
+    assert torch.equal(states, expected_states)
 
 
 @pytest.mark.gpu

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from m1.kernels.mamba1_step import mamba1_step
+from m1.kernels import causal_conv1d_update, mamba1_step, selective_state_update
 from tests.kernels.triton_cases import TOLERANCE, as_slices, poison_memory
-from tests.numerics import rel_rms
+from tests.numerics import REL_RMS, rel_rms
 
 pytest.importorskip("triton")
 from m1.kernels.mamba1_step import reference
@@ -31,12 +31,12 @@ def make_inputs(
     channels = H * P if is_repeated_first else G * P
     rows = {"z": random(n, H, P), "x": random(n, G, P), "B": random(n, G, N), "C": random(n, H, N), "dt": random(n, H, P)}
     return {
-        "conv_state": random(n + 2, channels, width - 1).to(dtype),
+        "conv_state": random(n + 2, width - 1, G * P).to(dtype).mT,
         "ssm_state": random(n + 2, H, P, N),
         **as_slices({name: tensor.to(dtype) for name, tensor in rows.items()}),
         "conv_weight": random(channels, width),
         "conv_bias": random(channels),
-        "A": -random(H, P, N).exp(),
+        "A_log": random(H, P, N),
         "D": random(H, P),
         "dt_bias": random(H, P) - 2,
     }
@@ -62,6 +62,28 @@ def test_against_the_separate_ops(
     slots = torch.tensor([3, 0, 4], device=device)
     check(make_inputs(3, dims, 4, is_repeated_first, dtype, device), slots)
     check(make_inputs(3, dims, 2, is_repeated_first, dtype, device), None)
+
+
+@pytest.mark.parametrize("is_repeated_first", [False, True])
+def test_reference_is_repetition_then_convolution_then_scan(is_repeated_first: bool) -> None:
+    """With x and its window repeated in memory, each op called by itself."""
+    inputs = make_inputs(3, (6, 2, 4, 3), 4, is_repeated_first, torch.float32, "cpu")
+    x, window, states = inputs["x"], inputs["conv_state"].clone(), inputs["ssm_state"].clone()
+    slots = torch.tensor([3, 0, 4])
+    if is_repeated_first:
+        x = x.repeat_interleave(3, 1)
+        window = window.unflatten(1, (2, 4)).repeat_interleave(3, 1).flatten(1, 2)
+    filters = (inputs["conv_weight"], inputs["conv_bias"])
+    x = causal_conv1d_update(x.flatten(1), window, *filters, activation="silu", slots=slots).unflatten(1, (-1, 4))
+    A = -inputs["A_log"].exp()
+    scan = {name: inputs[name] for name in ("D", "z", "dt_bias")}
+    expected = selective_state_update(states, x, inputs["dt"], A, inputs["B"], inputs["C"], **scan, slots=slots)
+    y = mamba1_step(**inputs, slots=slots)  # type: ignore[arg-type]
+    assert rel_rms(y, expected) < REL_RMS[torch.float32]
+    assert torch.equal(inputs["ssm_state"], states)
+    if is_repeated_first:
+        window = window.unflatten(1, (2, 3, 4))[:, :, 0].flatten(1, 2)
+    assert torch.equal(inputs["conv_state"], window)
 
 
 def test_rows_without_a_slot_change_nothing(device: str) -> None:
@@ -95,5 +117,14 @@ def test_public_op_checks_its_arguments() -> None:
 @pytest.mark.parametrize("dims", [(56, 8, 16, 16), (36, 12, 16, 16), (5, 5, 24, 64), (2, 1, 64, 128)])
 def test_at_model_sizes(dims: tuple[int, int, int, int], is_repeated_first: bool, dtype: torch.dtype) -> None:
     slots = torch.randperm(35, device="cuda")[:33]
-    for config in (None, kernel.StepConfig(1, 1), kernel.StepConfig(8, 8)):
+    # from programs with fewer elements than threads, so that several threads hold the same one, to several each
+    for config in (None, kernel.StepConfig(1, 1), kernel.StepConfig(1, 8), kernel.StepConfig(8, 8)):
         check(make_inputs(33, dims, 4, is_repeated_first, dtype, "cuda"), slots, config)
+
+
+@pytest.mark.gpu
+def test_bf16_states_are_rounded_once() -> None:
+    inputs = make_inputs(33, (192, 64, 16, 16), 4, True, torch.bfloat16, "cuda")
+    inputs["ssm_state"] = inputs["ssm_state"].bfloat16()
+    inputs["conv_state"] = inputs["conv_state"].contiguous()  # the other layout of a window
+    check(inputs, torch.randperm(35, device="cuda")[:33])

@@ -8,6 +8,7 @@ Nothing here imports another part of m1.
 from m1.kernels.activation import swiglu
 from m1.kernels.attention import paged_attention, varlen_attention, write_kv
 from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from m1.kernels.mamba1_step import mamba1_step
 from m1.kernels.norm import gated_rms_norm, rms_norm
 from m1.kernels.rope import apply_rotary
 from m1.kernels.sampling import sample
@@ -19,6 +20,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
+    "mamba1_step",
     "paged_attention",
     "rms_norm",
     "sample",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from m1.kernels import apply_rotary, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from m1.kernels import apply_rotary, causal_conv1d, mamba1_step, selective_scan
 from m1.modeling.attention import RMSNorm
 from m1.modeling.configuration import M1Config
-from m1.modeling.state import ModelState, SequenceLayout, conv_channels
+from m1.modeling.state import ModelState, SequenceLayout
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
@@ -30,10 +30,9 @@ class Mamba1Mixer(nn.Module):
         self.layer, self.config = layer, config
         self.num_heads = config.d_inner // config.d_state
         self.num_groups = config.d_xb // config.d_state
-        self.is_repeated = config.repeat_kv_before_conv
         self.splits = [config.d_inner, config.d_xb, config.d_xb, config.d_inner, config.dt_rank]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
-        channels = conv_channels(config)
+        channels = config.d_inner if config.repeat_kv_before_conv else config.d_xb
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
         self.dt_proj = nn.Linear(config.dt_rank, config.d_inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(config.d_inner, config.d_state))
@@ -64,17 +63,12 @@ class Mamba1Mixer(nn.Module):
         """x [T, hidden] -> [T, hidden]. With a state, it goes on from `layout.slots` and leaves the new states there."""
         z, v, k, q, dt = self.in_proj(x).split(self.splits, dim=-1)
         v, k, q = self.split_heads(v, k, q, rotary)
-        v = (v.repeat_interleave(self.num_heads // self.num_groups, dim=1) if self.is_repeated else v).flatten(1)
         heads = (self.num_heads, self.config.d_state)
         # The bias enters inside the scan, added once and in fp32, beside the softplus.
         dt = nn.functional.linear(dt, self.dt_proj.weight).unflatten(-1, heads)
-        scan = {
-            "D": self.D.float().view(heads),
-            "z": z.unflatten(-1, heads),
-            "dt_bias": self.dt_proj.bias.float().view(heads),
-        }
-        A = -self.A_log.float().exp().view(*heads, -1)
-        return self.out_proj(self._scan(v, dt, A, k, q, scan, layout, state).flatten(1))
+        z = z.unflatten(-1, heads)
+        y = self._step(z, v, k, q, dt, layout, state) if layout.is_decode else self._scan(z, v, k, q, dt, layout, state)
+        return self.out_proj(y.flatten(1))
 
     def split_heads(self, v: Tensor, k: Tensor, q: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows x, B, C of `in_proj`, [T, d_xb], [T, d_xb], [T, d_inner] -> [T, G, P], [T, G, N], [T, H, N], normed, rotated."""
@@ -98,44 +92,56 @@ class Mamba1Mixer(nn.Module):
         x = x.permute(0, 1, 5, 2, 3, 4)  # from [T, group, member, half, pair, narrow head]
         return x.reshape(x.shape[0], -1, width)
 
-    def _scan(
-        self,
-        v: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        scan: dict,
-        layout: SequenceLayout,
-        state: ModelState | None,
+    def _dynamics(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logarithm of the rates A [H, P, N], and D and the bias of the step size [H, P]; fp32."""
+        heads = (self.num_heads, self.config.d_state)
+        skip_and_bias = {"D": self.D.float().view(heads), "dt_bias": self.dt_proj.bias.float().view(heads)}
+        return self.A_log.float().view(*heads, -1), skip_and_bias
+
+    def _step(
+        self, z: Tensor, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, layout: SequenceLayout, state: ModelState | None
     ) -> Tensor:
+        """One token a sequence, its states advanced in place: y [n, H, P]."""
+        assert state is not None, "a layout of decoding sequences has a state"
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        activation, width = self.config.conv_activation, self.config.d_state
-        if state is None:
-            v = causal_conv1d(v, weight, bias, activation=activation, cu_seqlens=layout.cu_seqlens)
-            return selective_scan(v.unflatten(-1, (-1, width)), dt, A, B, C, **scan, cu_seqlens=layout.cu_seqlens)
-        (windows, states), slots = state.of_mixer(self.layer), layout.slots
-        if layout.is_decode:
-            v = causal_conv1d_update(v, windows, weight, bias, activation=activation, slots=slots)
-            return selective_state_update(states, v.unflatten(-1, (-1, width)), dt, A, B, C, **scan, slots=slots)
-        v, window = causal_conv1d(
-            v,
+        A_log, dynamics = self._dynamics()
+        return mamba1_step(
+            *state.of_mixer(self.layer),
+            z,
+            x,
+            B,
+            C,
+            dt,
             weight,
             bias,
-            activation=activation,
-            cu_seqlens=layout.cu_seqlens,
-            initial_state=windows[slots],
-            output_final_state=True,
+            A_log,
+            **dynamics,
+            conv_activation=self.config.conv_activation,
+            slots=layout.slots,
         )
+
+    def _scan(
+        self, z: Tensor, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, layout: SequenceLayout, state: ModelState | None
+    ) -> Tensor:
+        """Whole documents, or chunks of sequences with a state: y [T, H, P]."""
+        width, slots = self.config.d_state, layout.slots
+        convolution = {"activation": self.config.conv_activation, "head_width": width, "cu_seqlens": layout.cu_seqlens}
+        filters = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        A_log, dynamics = self._dynamics()
+        scan = {**dynamics, "z": z, "cu_seqlens": layout.cu_seqlens}
+        if state is None:
+            x = causal_conv1d(x.flatten(1), *filters, **convolution).unflatten(-1, (-1, width))
+            return selective_scan(x, dt, -A_log.exp(), B, C, **scan)
+        windows, states = state.of_mixer(self.layer)
+        x, window = causal_conv1d(x.flatten(1), *filters, **convolution, initial_state=windows[slots], output_final_state=True)
         windows[slots] = window.to(windows.dtype)
         y, final = selective_scan(
-            v.unflatten(-1, (-1, width)),
+            x.unflatten(-1, (-1, width)),
             dt,
-            A,
+            -A_log.exp(),
             B,
             C,
             **scan,
-            cu_seqlens=layout.cu_seqlens,
             initial_state=states[slots].float(),
             output_final_state=True,
         )

@@ -86,10 +86,8 @@ def ssm_state_shape(config: M1Config) -> tuple[int, int, int]:
 
 
 def conv_channels(config: M1Config) -> int:
-    """Channels of the causal convolution: x alone for mamba1 (repeated or not); x, B and C for mamba2."""
-    if config.mixer == "mamba2":
-        return 2 * config.d_xb + config.d_inner
-    return config.d_inner if config.repeat_kv_before_conv else config.d_xb
+    """Channels that enter a mixer's causal convolution: x alone for mamba1, before it is repeated; x, B and C for mamba2."""
+    return config.d_xb if config.mixer == "mamba1" else 2 * config.d_xb + config.d_inner
 
 
 class ModelState:
@@ -113,17 +111,14 @@ class ModelState:
     ) -> None:
         self.config, self.page_size = config, page_size
         page = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
-        window = (num_slots, conv_channels(config), config.d_conv - 1)
-        is_on_cpu = torch.device(device).type == "cpu"
-        if is_on_cpu:  # channels side by side in memory let a step work on rows of them
-            window = (num_slots, config.d_conv - 1, conv_channels(config))
+        window = (num_slots, config.d_conv - 1, conv_channels(config))  # a step reads it as W-1 rows of channels
         num_mixers, num_attention = len(config.mixer_layers), len(config.attention_layers)
         windows = torch.zeros(num_mixers, *window, dtype=dtype, device=device)
         states = torch.zeros(num_mixers, num_slots, *ssm_state_shape(config), dtype=state_dtype, device=device)
         keys, values = (torch.zeros(num_attention, *page, dtype=dtype, device=device) for _ in range(2))
         # All layers in one tensor, [layers, S or pages, …], so that a slot or page is moved by one launch, not one a layer.
         self.slot_stacks, self.page_stacks = [windows, states], [keys, values]
-        self.conv_states = self._by_layer(windows.mT if is_on_cpu else windows, is_mixer=True)
+        self.conv_states = self._by_layer(windows.mT, is_mixer=True)
         self.ssm_states = self._by_layer(states, is_mixer=True)
         self.key_pages = self._by_layer(keys, is_mixer=False)
         self.value_pages = self._by_layer(values, is_mixer=False)

@@ -18,7 +18,7 @@ def mamba1_step(
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     *,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -27,8 +27,10 @@ def mamba1_step(
     slots: Tensor | None = None,
 ) -> Tensor:
     """See m1.kernels.mamba1_step.mamba1_step."""
-    num_repeats = conv_weight.shape[0] // (x.shape[1] * x.shape[2])  # H/G where x is repeated first, else 1
-    channels = x.repeat_interleave(num_repeats, dim=1).flatten(1)  # [n, Dc]
-    window = causal_conv1d_update(channels, conv_state, conv_weight, conv_bias, activation=conv_activation, slots=slots)
-    x = window.view(x.shape[0], -1, x.shape[2])
+    width = x.shape[2]
+    convolved = causal_conv1d_update(
+        x.flatten(1), conv_state, conv_weight, conv_bias, activation=conv_activation, slots=slots, head_width=width
+    )
+    x = convolved.unflatten(1, (-1, width))
+    A = -A_log.float().exp()
     return selective_state_update(ssm_state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots)
