@@ -6,6 +6,7 @@ Legend: T flat tokens, H query-side heads, G key/value-side heads, P head width 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Mamba1Mixer(nn.Module):
         x = x.permute(0, 1, 5, 2, 3, 4)  # from [T, group, member, half, pair, narrow head]
         return x.reshape(x.shape[0], -1, width)
 
-    def _dynamics(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _dynamics(self) -> tuple[Tensor, dict[str, Any]]:
         """The logarithm of the rates A [H, P, N], and D and the bias of the step size [H, P]; fp32."""
         heads = (self.num_heads, self.config.d_state)
         skip_and_bias = {"D": self.D.float().view(heads), "dt_bias": self.dt_proj.bias.float().view(heads)}
@@ -125,15 +126,21 @@ class Mamba1Mixer(nn.Module):
     ) -> Tensor:
         """Whole documents, or chunks of sequences with a state: y [T, H, P]."""
         width, slots = self.config.d_state, layout.slots
-        convolution = {"activation": self.config.conv_activation, "head_width": width, "cu_seqlens": layout.cu_seqlens}
-        filters = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        convolution: dict[str, Any] = {
+            "activation": self.config.conv_activation,
+            "head_width": width,
+            "cu_seqlens": layout.cu_seqlens,
+        }
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         A_log, dynamics = self._dynamics()
         scan = {**dynamics, "z": z, "cu_seqlens": layout.cu_seqlens}
         if state is None:
-            x = causal_conv1d(x.flatten(1), *filters, **convolution).unflatten(-1, (-1, width))
+            x = causal_conv1d(x.flatten(1), weight, bias, **convolution).unflatten(-1, (-1, width))
             return selective_scan(x, dt, -A_log.exp(), B, C, **scan)
         windows, states = state.of_mixer(self.layer)
-        x, window = causal_conv1d(x.flatten(1), *filters, **convolution, initial_state=windows[slots], output_final_state=True)
+        x, window = causal_conv1d(
+            x.flatten(1), weight, bias, **convolution, initial_state=windows[slots], output_final_state=True
+        )
         windows[slots] = window.to(windows.dtype)
         y, final = selective_scan(
             x.unflatten(-1, (-1, width)),
