@@ -28,6 +28,10 @@ CACHED_EQUALS_PLAIN = 1e-4
 # Losses computed in chunks of tokens against full logits, fp32, relative: other summation orders alone.
 CHUNKED_LOSS = 1e-6
 
+# Weights after a few AdamW steps on two ranks against one, relative RMS: gradients are summed in another order, and AdamW's
+# first steps divide them by their own size, so that the least of them may turn a weight's small step around.
+RANKS_EQUAL_ONE = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
+
 # The engine's log-probs against a fresh forward's, absolute: fp32, and the mean over tokens of a bf16 copy of an fp32 model.
 ENGINE_LOGPROBS = 1e-3
 ENGINE_LOGPROBS_BF16 = 0.02

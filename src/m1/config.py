@@ -133,12 +133,22 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    async_save: bool = True
+    """Write checkpoints beside the training, from a copy in main memory (12 bytes a trained parameter)."""
+    export_every: int = 0
+    """Steps between models written to exports/ in the run directory, as the one at the end; 0 for none."""
+    ema_decay: float = 0.0
+    """Export an exponential moving average of the weights with this decay, such as 0.999; 0 for none."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the written model's weights."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     track: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
     """Where the metrics go beside metrics.jsonl; each needs its library: pip install 'm1-reasoner[watch]'."""
+    reshard_after_forward: bool = True
+    """With several ranks: free a block's gathered weights after its forward. Off: faster, more memory."""
+    timeout: float = 600.0
+    """With several ranks: seconds that one waits for the others before it gives up."""
     device: DeviceName = "auto"
     """auto: the GPU if there is one."""
     seed: int = 0
@@ -151,6 +161,8 @@ class AlignConfig(TrainConfig):
 
     teacher: str = ""
     """The model whose attention the mixers learn; a directory or hub name."""
+    shard_teacher: bool = False
+    """With several ranks: divide the teacher among them too. Less memory, more traffic."""
     learning_rate: float = 0.0
     """Not used: align trains mixers only, at mixer_learning_rate."""
     mixer_learning_rate: float | None = 1e-3
@@ -165,6 +177,8 @@ class DistillConfig(TrainConfig):
 
     teacher: str = ""
     """The model to learn from; a directory or hub name with the same vocabulary."""
+    shard_teacher: bool = False
+    """With several ranks: divide the teacher among them too. Less memory, more traffic."""
     kl: Literal["forward", "reverse"] = "forward"
     """forward: KL(teacher || student), covers the teacher. reverse: KL(student || teacher), as in M1's paper."""
     ce_weight: float = 0.0

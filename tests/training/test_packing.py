@@ -80,7 +80,7 @@ def test_every_epoch_has_every_document_once_in_another_order():
     for epoch in range(2):
         batches = []
         while stream.epoch == epoch and (not batches or stream.index < len(stream._bins)):
-            batches.append(stream.next_batch())
+            batches.append(stream.next_batches(1)[0])
         found = sorted(
             batch.input_ids[start:end].tolist()
             for batch in batches
@@ -89,7 +89,7 @@ def test_every_epoch_has_every_document_once_in_another_order():
         assert found == sorted(document.token_ids.tolist() for document in documents)
         assert all(batch.num_tokens <= 40 for batch in batches)
         epochs.append(ids(batches))
-        stream.next_batch()
+        stream.next_batches(1)[0]
         stream.index -= 1
     assert epochs[0] != epochs[1]
 
@@ -97,7 +97,7 @@ def test_every_epoch_has_every_document_once_in_another_order():
 def test_the_seed_fixes_the_order():
     documents = tiny.documents(30)
     streams = [BatchStream(documents, 40, seed) for seed in (3, 3, 4)]
-    drawn = [ids(stream.next_batch() for _ in range(25)) for stream in streams]
+    drawn = [ids(stream.next_batches(1)[0] for _ in range(25)) for stream in streams]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
 
@@ -107,10 +107,10 @@ def test_a_stream_resumes_by_position(before):
     documents = tiny.documents(20)
     stream = BatchStream(documents, 40, seed=0)
     for _ in range(before):
-        stream.next_batch()
+        stream.next_batches(1)[0]
     other = BatchStream(documents, 40, seed=0)
     other.load_state_dict(stream.state_dict())
-    assert ids(other.next_batch() for _ in range(10)) == ids(stream.next_batch() for _ in range(10))
+    assert ids(other.next_batches(1)[0] for _ in range(10)) == ids(stream.next_batches(1)[0] for _ in range(10))
 
 
 def test_a_position_in_other_documents_is_refused():

@@ -179,6 +179,10 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
         """`generate` leaves the cache to forward, which makes an `M1Cache`."""
         return False
 
+    def packed_states(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+        """Flat tokens [T] -> final normalised hidden states [T, hidden]: what training puts a loss on. No cache."""
+        return self.model.forward_packed(self.model.embed_tokens(input_ids), layout)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -17,10 +17,12 @@ from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config
 from m1.training.command import parameter_bytes, read_documents, run_training
 from m1.training.distill import load_teacher
+from m1.training.distributed import from_first
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, train
 from m1.training.optimizer import GROUPS, select_trainable
 from m1.training.packing import BatchStream, Document, PackedBatch
 from m1.training.run_directory import RunDirectory
+from m1.training.sharding import shard_model
 
 FROZEN = tuple(group for group in GROUPS if group != "mixers")
 
@@ -44,11 +46,11 @@ class AlignStage:
 
     def draw(self, step: int) -> Step:
         batches = [_with_all_positions(batch) for batch in self.stream.next_batches(self.config.tokens_per_step)]
-        if self.units is None:
-            self.units = self._measure_units(batches[0].to(self.student.device))
+        if self.units is None:  # on the step's first batch, which is the first rank's
+            self.units = from_first(self._measure_units(batches[0].to(self.student.device)))
         return Step([batches])
 
-    def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, Tensor]:
+    def backward(self, batch: PackedBatch, num_targets: float) -> dict[str, Tensor]:
         assert self.units is not None
         scales = [1 / (unit * len(self.units)) for unit in self.units]
         sums = {"loss": torch.zeros((), device=self.student.device)}
@@ -102,7 +104,7 @@ class AlignStage:
         handles = [layers[i].token_mixer.register_forward_hook(partial(hook, n)) for n, i in enumerate(self.layers)]
         try:
             with torch.no_grad():
-                self.teacher.model.forward_packed(self.teacher.model.embed_tokens(batch.input_ids), batch.layout)
+                self.teacher.packed_states(batch.input_ids, batch.layout)
         finally:
             for handle in handles:
                 handle.remove()
@@ -128,6 +130,7 @@ def align(
     """
     stage = AlignStage(student, teacher, documents, config)
     select_trainable(student, FROZEN)
+    shard_model(student, precision=config.precision, reshard_after_forward=config.reshard_after_forward, mixers_alone=True)
     return train(student, stage, config, directory=directory, progress=progress, title="align")
 
 

@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.config import TrainConfig, require
 from m1.modeling import M1Config, M1ForCausalLM
-from m1.modeling.loading import choose_device, load_config, load_model, load_tokenizer
+from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import GIB, require_disk, require_memory
-from m1.training.checkpoint import checkpoint_bytes
 from m1.training.data import make_documents
+from m1.training.distributed import num_local_ranks, num_ranks, ranks, say
 from m1.training.loop import TrainResult
 from m1.training.optimizer import select_trainable
 from m1.training.packing import Document
@@ -35,36 +35,38 @@ def run_training(
     """Run a training command from its config to the model in `config.out`, or say that this is done already.
 
     `read_data` gives the data and a few words on it; `train` is the stage's in-memory function. `extra_bytes`: memory that
-    the stage needs beside the model (a teacher). Nothing is written before model, data, memory and disk are found good.
+    the stage needs beside the model (a teacher). Nothing is written before model, data, memory and disk are found good. Under
+    `torchrun` every rank runs this; the first one speaks and writes.
     """
     require(config, "model", "out")
     _check_numbers(config)
     require_trackers(config.track)
     directory = RunDirectory(command, config)
     if directory.is_finished:
-        print(f"{directory.path} is finished already: a trained model. Next: {next_command.format(out=config.out)}")
+        say(f"{directory.path} is finished already: a trained model. Next: {next_command.format(out=config.out)}")
         return
-    device = choose_device(config.device)
-    tokenizer = load_tokenizer(config.model)
-    data, words_on_data = read_data(tokenizer)
-    _require_training_memory(load_config(config.model), config, device, extra_bytes)
-    model = load_model(config.model, dtype=torch.float32, device=device)
-    select_trainable(model, frozen)
+    with ranks(config.device, config.timeout) as device:
+        tokenizer = load_tokenizer(config.model)
+        data, words_on_data = read_data(tokenizer)
+        _require_training_memory(load_config(config.model), config, device, extra_bytes)
+        model = load_model(config.model, dtype=torch.float32, device=device)
+        select_trainable(model, frozen)
+        _require_training_disk(model, config, f"m1 {command}")
+        _announce(command, config, model, words_on_data, directory)
+        directory.create(tokenizer)
+        result = train(model, tokenizer, data, directory)
+        directory.export(model, metrics=result.last, tokens=result.tokens, seconds=round(result.seconds, 1))
+        say(f"The model is in {directory.path}. Next: {next_command.format(out=config.out)}")
+
+
+def _announce(command: str, config: TrainConfig, model: M1ForCausalLM, words_on_data: str, directory: RunDirectory) -> None:
+    """What is about to happen."""
     num_all, num_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (False, True))
-    require_disk(
-        directory.path,
-        checkpoint_bytes(model) * (config.keep_checkpoints + 1) + num_all * getattr(torch, config.dtype).itemsize,
-        f"m1 {command}",
-    )
-    layers = model.config
-    print(f"m1 {command}: {config.model}, {layers.num_hidden_layers} layers of which {len(layers.attention_layers)} attention")
-    print(f"  trains {num_trained / 1e6:.1f}M of {num_all / 1e6:.1f}M parameters on {device}, in {config.precision}")
-    print(f"  data: {words_on_data}")
-    print(f"  {config.steps} steps, metrics in {directory.metrics}; Ctrl-C and the same command go on later", flush=True)
-    directory.create()
-    result = train(model, tokenizer, data, directory)
-    directory.export(model, tokenizer, metrics=result.last, tokens=result.tokens, seconds=round(result.seconds, 1))
-    print(f"The model is in {directory.path}. Next: {next_command.format(out=config.out)}")
+    layers, place = model.config, f"{num_ranks()} ranks of {model.device.type}" if num_ranks() > 1 else str(model.device)
+    say(f"m1 {command}: {config.model}, {layers.num_hidden_layers} layers of which {len(layers.attention_layers)} attention")
+    say(f"  trains {num_trained / 1e6:.1f}M of {num_all / 1e6:.1f}M parameters on {place}, in {config.precision}")
+    say(f"  data: {words_on_data}")
+    say(f"  {config.steps} steps, metrics in {directory.metrics}; Ctrl-C and the same command go on later")
 
 
 def read_documents(
@@ -76,10 +78,17 @@ def read_documents(
     tokens = sum(len(document.token_ids) for document in documents)
     targets = sum(document.num_targets for document in documents)
     epochs = config.steps * config.tokens_per_step / tokens
-    return documents, (
+    words = (
         f"{len(documents):,} documents from {len(rows):,} rows, {tokens:,} tokens, {targets:,} of them targets; "
         f"{config.steps * config.tokens_per_step:,} tokens are {epochs:,.1f} epochs"
     )
+    batches = -(-config.tokens_per_step // config.tokens_per_batch)
+    if batches % num_ranks():
+        words += (
+            f"; the {batches} batches of a step don't divide among {num_ranks()} ranks, some of which will idle: "
+            "make --tokens-per-step a multiple of --tokens-per-batch times the ranks"
+        )
+    return documents, words
 
 
 def parameter_bytes(config: M1Config, itemsize: int) -> int:
@@ -100,21 +109,32 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def _require_training_memory(model: M1Config, config: TrainConfig, device: torch.device, extra_bytes: int) -> None:
-    """Compare what training needs with what is free: fp32 weights, gradients and two averages, and activations.
+    """Compare what training needs on this rank with what is free. Raises MemoryError.
 
-    Activations are estimated as 16 hidden and 4 intermediate vectors a token and layer, or with gradient checkpointing one
-    hidden vector a layer and one layer's whole. Raises MemoryError.
+    That is fp32 weights, gradients and two averages (divided among the ranks, once the whole weights have been loaded), and
+    activations: estimated as 16 hidden and 4 intermediate vectors a token and layer, or with gradient checkpointing one hidden
+    vector a layer and one layer's whole.
     """
     width = 16 * model.hidden_size + 4 * model.intermediate_size
     vectors = model.hidden_size * model.num_hidden_layers + width
     if not config.gradient_checkpointing:
         vectors = width * model.num_hidden_layers
     itemsize = 2 if config.precision == "bfloat16" else 4
-    needed = parameter_bytes(model, 16) + extra_bytes + config.tokens_per_batch * vectors * itemsize
+    weights = parameter_bytes(model, 16) // num_ranks()
+    needed = max(weights + config.tokens_per_batch * vectors * itemsize, parameter_bytes(model, 4)) + extra_bytes
     purpose = f"training {config.model} (lower --tokens-per-batch, or add --gradient-checkpointing)"
     if device.type == "cpu":
-        require_memory(needed, purpose)
+        require_memory(needed * num_local_ranks(), purpose)
         return
     free, _ = torch.cuda.mem_get_info(device)
     if free < needed:
         raise MemoryError(f"{purpose} needs about {needed / GIB:.1f} GiB on the GPU, {free / GIB:.1f} GiB are free")
+
+
+def _require_training_disk(model: M1ForCausalLM, config: TrainConfig, purpose: str) -> None:
+    """Room for the checkpoints that are kept, the one that is being written, and the model at the end. Raises OSError."""
+    num_all, num_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (False, True))
+    checkpoint = num_trained * 4 * (4 if config.ema_decay else 3)
+    exports = 1 + (config.steps - 1) // config.export_every if config.export_every else 1
+    num_bytes = checkpoint * (config.keep_checkpoints + 1) + exports * num_all * getattr(torch, config.dtype).itemsize
+    require_disk(config.out, num_bytes, purpose)

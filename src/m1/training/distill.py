@@ -10,13 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.config import DistillConfig, require
 from m1.modeling import M1Config, M1ForCausalLM
-from m1.modeling.loading import choose_device, load_config, load_model, load_tokenizer
+from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.training.command import parameter_bytes, read_documents, run_training
+from m1.training.distributed import local_device
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, mean_over_targets, train
 from m1.training.losses import Divergence, head_loss, target_states
 from m1.training.optimizer import select_trainable
 from m1.training.packing import BatchStream, Document, PackedBatch, best_fit, pack
 from m1.training.run_directory import RunDirectory
+from m1.training.sharding import shard_model
 
 
 class DistillStage:
@@ -32,7 +34,7 @@ class DistillStage:
     def draw(self, step: int) -> Step:
         return Step([self.stream.next_batches(self.config.tokens_per_step)])
 
-    def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, Tensor]:
+    def backward(self, batch: PackedBatch, num_targets: float) -> dict[str, Tensor]:
         divergence = Divergence(
             batch.targets, kind=self.config.kl, temperature=self.config.temperature, ce_weight=self.config.ce_weight
         )
@@ -113,9 +115,12 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher_source: str
 
 
 def load_teacher(config: Any) -> M1ForCausalLM:
-    """The config's teacher, frozen, in the precision of the forward pass."""
-    teacher = load_model(config.teacher, dtype=getattr(torch, config.precision), device=choose_device(config.device))
-    return teacher.requires_grad_(False)
+    """The config's teacher, frozen, in the precision of the forward pass; divided among the ranks if `shard_teacher`."""
+    teacher = load_model(config.teacher, dtype=getattr(torch, config.precision), device=local_device(config.device))
+    teacher.requires_grad_(False)
+    if config.shard_teacher:
+        shard_model(teacher, precision="float32")  # it has the type it computes in already
+    return teacher
 
 
 def run(config: DistillConfig) -> None:

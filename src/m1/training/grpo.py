@@ -64,6 +64,10 @@ class PolicyBatch:
     def num_targets(self) -> int:
         return self.packed.num_targets
 
+    @property
+    def counts(self) -> bool:
+        return self.packed.counts
+
     def to(self, device: torch.device) -> "PolicyBatch":
         return PolicyBatch(self.packed.to(device), self.tokens.to(device))
 
@@ -151,7 +155,7 @@ class GRPOStage:
             head_loss(recorder, target_states(model, batch))
         return recorder.log_probs
 
-    def backward(self, batch: PolicyBatch, num_targets: int) -> dict[str, Tensor]:
+    def backward(self, batch: PolicyBatch, num_targets: float) -> dict[str, Tensor]:
         config = self.config
         loss = PolicyLoss(
             batch.tokens,

@@ -20,10 +20,14 @@ from tqdm import tqdm
 
 from m1.config import TrainConfig
 from m1.modeling import M1ForCausalLM
-from m1.training.checkpoint import load_newest_checkpoint, remove_leftovers, save_checkpoint
+from m1.training.average import WeightAverage
+from m1.training.checkpoint import TrainingState, load_newest_checkpoint, remove_leftovers
+from m1.training.checkpoint_writer import CheckpointWriter
+from m1.training.distributed import add_over_ranks, is_any, is_distributed, is_first, num_ranks, rank, sum_over_ranks
 from m1.training.metrics import MetricsLog, Record
-from m1.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_learning_rates
+from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_rates, squared_gradient_norm
 from m1.training.run_directory import RunDirectory
+from m1.training.sharding import forget_gathered, shard_model, synchronize_gradients
 from m1.training.trackers import open_trackers
 
 
@@ -34,6 +38,10 @@ class Batch(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def num_targets(self) -> int: ...
+    @property
+    def counts(self) -> bool:
+        """False for a batch that only keeps this rank in step with the others."""
+
     def to(self, device: torch.device) -> "Batch": ...
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -50,11 +58,11 @@ class Stage(Protocol):
     """What `train` needs to know of align, distill, sft or grpo."""
 
     def draw(self, step: int) -> Step:
-        """The batches of `step` (from 0)."""
+        """The batches of `step` (from 0) that are this rank's: as many as every other rank's."""
 
-    def backward(self, batch: Any, num_targets: int) -> dict[str, Tensor]:
+    def backward(self, batch: Any, num_targets: float) -> dict[str, Tensor]:
         """Add to the gradients those of the batch's loss, summed over targets and divided by `num_targets`, the targets of
-        the whole update. Returns sums over the batch's targets, not divided; `loss` among them."""
+        the whole update on all ranks. Returns sums over the batch's targets, not divided; `loss` among them."""
 
     def summarise(self, sums: dict[str, float], num_targets: int) -> dict[str, float]:
         """Metrics of a step from its sums."""
@@ -85,7 +93,11 @@ class TrainingDivergedError(ValueError):
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Arithmetic of forward passes: bfloat16 autocast, or float32 as it is."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    if precision != "bfloat16":
+        return nullcontext()
+    # A weight once cast serves all micro-batches; not so where weights are gathered for each: the cast would keep them, and
+    # its gradient would come after they have been summed.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=not is_distributed())
 
 
 def mean_over_targets(sums: dict[str, float], num_targets: int) -> dict[str, float]:
@@ -110,59 +122,114 @@ def train(
 ) -> TrainResult:
     """Train `model` in place for `config.steps` steps; with a `directory`, write metrics and checkpoints, and resume.
 
-    The gradient of a step is that of the mean over all targets of the step, however it is cut into micro-batches. Parameters
-    that don't require gradients stay. Raises TrainingDivergedError before it would change a parameter by NaN, and
-    KeyboardInterrupt after the step that was running when Ctrl-C came, once that is saved.
+    The gradient of a step is that of the mean over all targets of the step, on all ranks, however it is cut into micro-batches.
+    Parameters that don't require gradients stay. With a process group the model is divided among the ranks and stays so; with
+    `ema_decay` it ends as the average of its weights. Raises TrainingDivergedError before it would change a parameter by NaN,
+    OSError for a checkpoint that can't be written (those before it stand), and KeyboardInterrupt after the step that was
+    running when Ctrl-C came, once that is saved.
     """
+    shard_model(model, precision=config.precision, reshard_after_forward=config.reshard_after_forward)
     optimizer = build_optimizer(model, config)
-    log = MetricsLog(directory.metrics if directory else None)
-    first = _resume(model, optimizer, stage, log, directory) if directory else 0
-    if directory:
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    run = _Run(model, stage, config, directory, TrainingState(model, optimizer, average))
+    log = MetricsLog(directory.metrics if directory and is_first() else None)
+    first = _resume(run, log) if directory else 0
+    if directory and is_first():
         log.trackers = open_trackers(config.track, directory.path, asdict(config), first_step=first)
-    tokens, began = 0, time.perf_counter()
-    was_training = model.training
-    model.train()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    began, tokens = time.perf_counter(), 0
     try:
         with (
+            _training_mode(model, config),
             _interruptible(is_on=directory is not None) as stop,
-            tqdm(total=config.steps, initial=first, desc=title, unit="step", disable=None if progress else True) as bar,
+            _progress_bar(config.steps, first, title, is_on=progress) as bar,
         ):
             for step in range(first, config.steps):
                 record = _train_step(model, optimizer, stage, step, config, directory)
+                if average is not None:
+                    average.update()
                 tokens += record["tokens"]
                 is_last = step + 1 == config.steps
                 if step % config.log_every == 0 or is_last:
                     log.write(record)
                 bar.set_postfix(_shown(record), refresh=False)
                 bar.update()
-                if directory and (stop.is_requested or is_last or (step + 1) % config.checkpoint_every == 0):
-                    position = stage.state_dict()
-                    save_checkpoint(directory.checkpoints, step + 1, model, optimizer, position, keep=config.keep_checkpoints)
-                if stop.is_requested and not is_last:
+                is_stopped = is_any(stop.is_requested)
+                run.keep(step + 1, is_due=is_last or is_stopped)
+                if is_stopped and not is_last:
                     raise KeyboardInterrupt
     finally:
         log.close()
+        run.wait()
+    if average is not None:
+        average.swap()
+    return TrainResult(log.records, config.steps, tokens, time.perf_counter() - began)
+
+
+class _Run:
+    """What a run leaves on its way: checkpoints, and models at intervals."""
+
+    def __init__(
+        self,
+        model: M1ForCausalLM,
+        stage: Stage,
+        config: TrainConfig,
+        directory: RunDirectory | None,
+        state: TrainingState,
+    ) -> None:
+        self.model, self.stage, self.config, self.directory, self.state = model, stage, config, directory, state
+        self.writer = (
+            CheckpointWriter(
+                directory.checkpoints, keep=config.keep_checkpoints, is_async=config.async_save, timeout=config.timeout
+            )
+            if directory
+            else None
+        )
+
+    def keep(self, step: int, *, is_due: bool) -> None:
+        """After `step` steps: a checkpoint if it is due or its time, and an export if that is."""
+        if self.directory is None or self.writer is None:
+            return
+        if is_due or step % self.config.checkpoint_every == 0:
+            self.writer.save(self.state, step, self.stage.state_dict())
+        if self.config.export_every and step % self.config.export_every == 0 and step < self.config.steps:
+            if self.state.average is not None:
+                self.state.average.swap()
+            self.directory.export_step(self.model, step)
+            if self.state.average is not None:
+                self.state.average.swap()
+
+    def wait(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+
+
+def _resume(run: _Run, log: MetricsLog) -> int:
+    """Steps already done, according to the newest whole checkpoint, which is now in place."""
+    assert run.directory is not None
+    remove_leftovers(run.directory.checkpoints)
+    found = load_newest_checkpoint(run.directory.checkpoints, run.state)
+    step, position = found if found else (0, None)
+    if position is not None:
+        run.stage.load_state_dict(position)
+    log.resume(step)
+    return step
+
+
+@contextmanager
+def _training_mode(model: M1ForCausalLM, config: TrainConfig) -> Iterator[None]:
+    """Within: the model as it trains; afterwards as it was, without gradients."""
+    was_training = model.training
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(was_training)
         for parameter in model.parameters():
             parameter.grad = None
-    return TrainResult(log.records, config.steps, tokens, time.perf_counter() - began)
-
-
-def _resume(
-    model: M1ForCausalLM, optimizer: torch.optim.Optimizer, stage: Stage, log: MetricsLog, directory: RunDirectory
-) -> int:
-    """Steps already done, according to the newest whole checkpoint, which is now in place."""
-    remove_leftovers(directory.checkpoints)
-    found = load_newest_checkpoint(directory.checkpoints, model, optimizer)
-    step, position = found if found else (0, None)
-    if position is not None:
-        stage.load_state_dict(position)
-    log.resume(step)
-    return step
 
 
 def _train_step(
@@ -184,11 +251,14 @@ def _train_step(
         if not (math.isfinite(norm) and all(map(math.isfinite, sums.values()))):
             _stop_diverged(step, sums, norm, batches, directory)
         clip_gradients(model.parameters(), norm, config.max_grad_norm)
+        forget_gathered(model)
         optimizer.step()
         norms.append(norm)
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-    targets = sum(batch.num_targets for batches in drawn.updates for batch in batches)
-    tokens = sum(batch.num_tokens for batches in drawn.updates for batch in batches)
+    counted = [batch for batches in drawn.updates for batch in batches if batch.counts]
+    targets, tokens = map(
+        int, sum_over_ranks([sum(batch.num_targets for batch in counted), sum(batch.num_tokens for batch in counted)])
+    )
     seconds = time.perf_counter() - began
     return {
         "step": step + 1,
@@ -206,17 +276,24 @@ def _train_step(
 def _accumulate(
     model: M1ForCausalLM, stage: Stage, batches: Sequence[Any], config: TrainConfig
 ) -> tuple[dict[str, float], float]:
-    """Gradients of one update over its micro-batches: (sums over all of them, gradient norm), read from the device once."""
+    """Gradients of one update over its micro-batches: (sums over all of them, gradient norm), read from the device once.
+
+    Both are of all ranks, and gradients are summed over the ranks with the last micro-batch only.
+    """
     for parameter in model.parameters():
         parameter.grad = None
-    num_targets = sum(batch.num_targets for batch in batches)
+    num_targets = sum_over_ranks([sum(batch.num_targets for batch in batches if batch.counts)])[0]
     totals: dict[str, Tensor] = {}
     with autocast(config.precision, model.device):
         for batch in batches:
-            for name, value in stage.backward(batch.to(model.device), num_targets).items():
-                totals[name] = totals[name] + value if name in totals else value
-    values = torch.stack([*(value.float() for value in totals.values()), gradient_norm(model.parameters()).float()]).tolist()
-    return dict(zip(totals, values)), values[-1]
+            synchronize_gradients(model, batch is batches[-1])
+            # A batch that doesn't count adds gradients of exactly zero, as if there were endlessly many targets.
+            sums = stage.backward(batch.to(model.device), num_targets if batch.counts else math.inf)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + (value if batch.counts else torch.zeros_like(value))
+    values = torch.stack([*(value.double() for value in totals.values()), squared_gradient_norm(model.parameters())])
+    *of_stage, squared_norm = add_over_ranks(values).tolist()
+    return dict(zip(totals, of_stage, strict=True)), math.sqrt(squared_norm)
 
 
 def _stop_diverged(
@@ -225,7 +302,8 @@ def _stop_diverged(
     what = f"step {step + 1}: the loss is {sums['loss']}, the gradient norm {norm}; nothing was updated"
     if directory is None:
         raise TrainingDivergedError(f"{what}. Lower the learning rate, or look at the data")
-    path = _save_batches(directory.path / f"diverged-step-{step + 1:08d}.safetensors", batches)
+    of_rank = f".rank-{rank():05d}" if num_ranks() > 1 else ""
+    path = _save_batches(directory.path / f"diverged-step-{step + 1:08d}{of_rank}.safetensors", batches)
     raise TrainingDivergedError(
         f"{what}. The batch is in {path}, and the checkpoints before it stand. Look at that data, or start anew with a lower "
         "learning rate and another --out"
@@ -236,6 +314,11 @@ def _save_batches(path: Path, batches: Sequence[Any]) -> Path:
     tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.tensors().items()}
     save_file(tensors, path)
     return path
+
+
+def _progress_bar(steps: int, first: int, title: str, *, is_on: bool) -> tqdm:
+    """On the first rank, if it is wanted; None lets tqdm leave it out where there is no terminal."""
+    return tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if is_on and is_first() else True)
 
 
 def _shown(record: Record) -> dict[str, str]:

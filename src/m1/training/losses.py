@@ -53,7 +53,7 @@ def head_loss(token_loss: TokenLoss, student: Head, teacher: Head | None = None)
 
 def target_states(model: M1ForCausalLM, batch: PackedBatch) -> Head:
     """The hidden states that predict the batch's targets [N, hidden], and the head: what losses take. Prompts cost no head."""
-    hidden = model.model.forward_packed(model.model.embed_tokens(batch.input_ids), batch.layout)
+    hidden = model.packed_states(batch.input_ids, batch.layout)
     return hidden[batch.target_positions], model.lm_head.weight
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from m1.config import TrainConfig
+from m1.training.sharding import local
 
 GROUPS = ("mixers", "attention", "mlp", "norms", "embeddings")
 _MARKS = {"mixer": "mixers", "self_attn": "attention", "mlp": "mlp", "embed_tokens": "embeddings", "lm_head": "embeddings"}
@@ -86,15 +87,15 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: Trai
     return rates
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Global L2 norm of the gradients, on their device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def squared_gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Squared L2 norm, float64, of the gradients that this rank holds; over all ranks these add up."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     assert gradients, "no parameter has a gradient"
-    return torch.nn.utils.get_total_norm(gradients)
+    return torch.nn.utils.get_total_norm(gradients).double().square()
 
 
 def clip_gradients(parameters: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients, whose global norm is `norm`, so that it is at most `max_norm`."""
+    """Scale all gradients, whose norm over all ranks is `norm`, so that it is at most `max_norm`."""
     if norm > max_norm:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))

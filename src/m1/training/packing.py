@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m1.modeling import SequenceLayout
+from m1.training.distributed import share
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class PackedBatch:
     """input_ids [T] int64, their layout, and what is to be predicted: targets [N] int64 after target_positions [N] int64.
 
     `hidden[target_positions]` are the states that predict `targets`; both are made on the host, so a GPU is never waited for.
+    `counts` is False for a batch that is another rank's too, and only keeps this one in step with the others.
     """
 
     input_ids: Tensor
     layout: SequenceLayout
     target_positions: Tensor
     targets: Tensor
+    counts: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +60,7 @@ class PackedBatch:
             self.layout, cu_seqlens=move(self.layout.cu_seqlens, device), positions=move(self.layout.positions, device)
         )
         moved = [move(t, device) for t in (self.input_ids, self.target_positions, self.targets)]
-        return PackedBatch(moved[0], layout, moved[1], moved[2])
+        return PackedBatch(moved[0], layout, moved[1], moved[2], self.counts)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a person needs to look into this batch."""
@@ -71,7 +74,7 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def pack(documents: Sequence[Document]) -> PackedBatch:
+def pack(documents: Sequence[Document], *, counts: bool = True) -> PackedBatch:
     """The documents side by side, in their order; targets stand in the same order."""
     lengths = [len(document.token_ids) for document in documents]
     input_ids = np.concatenate([document.token_ids for document in documents]).astype(np.int64)
@@ -80,7 +83,8 @@ def pack(documents: Sequence[Document]) -> PackedBatch:
     is_target[starts] = False
     indices = is_target.nonzero()[0]
     layout = SequenceLayout.from_lengths(lengths)
-    return PackedBatch(torch.from_numpy(input_ids), layout, torch.from_numpy(indices - 1), torch.from_numpy(input_ids[indices]))
+    positions, targets = torch.from_numpy(indices - 1), torch.from_numpy(input_ids[indices])
+    return PackedBatch(torch.from_numpy(input_ids), layout, positions, targets, counts)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -121,18 +125,22 @@ class BatchStream:
         self._lengths = np.array([len(document.token_ids) for document in self.documents])
         self._bins: list[list[int]] | None = None
 
-    def next_batch(self) -> PackedBatch:
+    def next_batches(self, num_tokens: int) -> list[PackedBatch]:
+        """This rank's share of one optimizer step: of as many batches as would hold `num_tokens` if they were full.
+
+        Which documents a step has, and in which batches, does not depend on the number of ranks.
+        """
+        bins = [self._next_bin() for _ in range(-(-num_tokens // self.capacity))]
+        return [pack([self.documents[i] for i in bin_], counts=counts) for bin_, counts in share(bins)]
+
+    def _next_bin(self) -> list[int]:
         if self._bins is None:
             self._bins = self._pack_epoch()
         if self.index == len(self._bins):
             self.epoch, self.index = self.epoch + 1, 0
             self._bins = self._pack_epoch()
         self.index += 1
-        return pack([self.documents[i] for i in self._bins[self.index - 1]])
-
-    def next_batches(self, num_tokens: int) -> list[PackedBatch]:
-        """As many batches as would hold `num_tokens` if they were full: one optimizer step."""
-        return [self.next_batch() for _ in range(-(-num_tokens // self.capacity))]
+        return self._bins[self.index - 1]
 
     def _pack_epoch(self) -> list[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])

@@ -3,6 +3,7 @@
 run.json         command and resolved config, written first: running again must fit it
 metrics.jsonl    one line a step
 checkpoints/     step-N, the newest few
+exports/         step-N, models written on the way where that is asked for
 config.json, model.safetensors, tokenizer files, m1_run.json    at the end: the directory is then a model
 """
 
@@ -17,11 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from m1.config import TrainConfig
 from m1.modeling import M1ForCausalLM
 from m1.storage import RUN_RECORD, new_directory, require_disk, write_json, write_run_record
+from m1.training.distributed import barrier, is_first, on_first
+from m1.training.sharding import full
 
 RUN_CONFIG = "run.json"
 MODEL_CONFIG = "config.json"
 # What may change between the start of a run and its resumption: none of it changes the result.
-_FREE_TO_CHANGE = ("out", "device", "checkpoint_every", "keep_checkpoints", "log_every", "track")
+_FREE_TO_CHANGE = (
+    *("out", "device", "checkpoint_every", "keep_checkpoints", "async_save", "export_every", "log_every", "track"),
+    *("reshard_after_forward", "gradient_checkpointing", "timeout"),
+)
 
 
 class RunDirectory:
@@ -33,6 +39,7 @@ class RunDirectory:
 
     def __init__(self, command: str, config: TrainConfig) -> None:
         self.path, self.command, self.config = Path(config.out), command, config
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file; give another --out")
@@ -46,27 +53,52 @@ class RunDirectory:
     def is_finished(self) -> bool:
         return (self.path / MODEL_CONFIG).is_file() and (self.path / RUN_RECORD).is_file()
 
-    def create(self) -> None:
-        """Make the directory, or go on with the one that is there."""
+    def create(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Make the directory, or go on with the one that is there. The tokenizer goes along with every export."""
+        self.tokenizer = tokenizer
+        barrier()  # not before every rank has looked at what was there
+        on_first(self._create)
+        self.is_begun = True
+
+    def _create(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if not self.is_begun:
             write_json(self.path / RUN_CONFIG, {"command": self.command, "config": _plain(self.config)})
-            self.is_begun = True
 
-    def export(self, model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
+    def export(self, model: M1ForCausalLM, **facts: Any) -> None:
         """Turn the directory into a Hugging Face model: weights in the config's dtype, tokenizer, and `m1_run.json`.
 
         config.json, without which nothing is taken for a model, arrives last. Raises OSError for a full disk.
         """
+        self._write_model(self.path / "export", model, facts)
+        on_first(self._move_export)
+
+    def export_step(self, model: M1ForCausalLM, step: int) -> None:
+        """Write the model as it is after `step` steps into exports/step-N. Raises OSError for a full disk."""
+        self._write_model(self.path / "exports" / f"step-{step:08d}", model, {"step": step})
+
+    def _write_model(self, path: Path, model: M1ForCausalLM, facts: dict[str, Any]) -> None:
         dtype = getattr(torch, self.config.dtype)
-        require_disk(self.path, sum(p.numel() * dtype.itemsize for p in model.parameters()), "the trained model")
-        with new_directory(self.path / "export", overwrite=True) as new:
-            state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-            model.save_pretrained(new, state_dict=state)
-            written = json.loads((new / MODEL_CONFIG).read_text(encoding="utf-8"))
-            write_json(new / MODEL_CONFIG, written | {"dtype": self.config.dtype})  # save_pretrained names the masters' dtype
-            tokenizer.save_pretrained(new)
-            write_run_record(new, self.command, _plain(self.config), **facts)
+        state = {}
+        for name, tensor in model.state_dict().items():
+            whole = full(tensor)
+            if is_first():  # a divided model may be larger than one device: gathered, it goes to main memory
+                state[name] = whole.to(dtype) if whole is tensor else whole.to("cpu", dtype)
+
+        def write() -> None:
+            require_disk(path.parent, sum(p.numel() * dtype.itemsize for p in model.parameters()), "the trained model")
+            with new_directory(path, overwrite=True) as new:
+                model.save_pretrained(new, state_dict=state)
+                written = json.loads((new / MODEL_CONFIG).read_text(encoding="utf-8"))
+                # save_pretrained names the masters' dtype
+                write_json(new / MODEL_CONFIG, written | {"dtype": self.config.dtype})
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(new)
+                write_run_record(new, self.command, _plain(self.config), **facts)
+
+        on_first(write)
+
+    def _move_export(self) -> None:
         export = self.path / "export"
         for file in sorted(export.iterdir(), key=lambda file: (file.name == MODEL_CONFIG, file.name)):
             file.replace(self.path / file.name)

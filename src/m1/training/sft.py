@@ -25,7 +25,7 @@ class SFTStage:
     def draw(self, step: int) -> Step:
         return Step([self.stream.next_batches(self.tokens_per_step)])
 
-    def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, Tensor]:
+    def backward(self, batch: PackedBatch, num_targets: float) -> dict[str, Tensor]:
         sums = head_loss(CrossEntropy(batch.targets), target_states(self.model, batch))
         backpropagate(sums["loss"] / num_targets)
         return {"loss": sums["loss"].detach()}

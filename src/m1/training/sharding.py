@@ -1,0 +1,97 @@
+"""FSDP2: the weights, gradients and optimizer states of a model divided among the ranks (arXiv 2304.11277).
+
+Each parameter is a DTensor of which a rank holds some rows; a block's are gathered when it runs. The arithmetic is that of
+one process under autocast: matrices are gathered in the compute type, everything else (norms, embeddings, and the dynamics
+of the mixers, which bf16 would round) in float32, and gradients are summed in float32.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from m1.modeling import M1ForCausalLM
+from m1.training.distributed import is_distributed
+
+# Linear layers whose weight a mixer takes without calling them: gathered with the block, in float32.
+_NEVER_CALLED = ("dt_proj",)
+
+
+def shard_model(
+    model: M1ForCausalLM, *, precision: str, reshard_after_forward: bool = True, mixers_alone: bool = False
+) -> None:
+    """Divide `model`, in place, among the ranks; nothing happens without a process group, or if it is divided already.
+
+    precision: "bfloat16" gathers matrices so, "float32" leaves them. reshard_after_forward: free a block's gathered weights
+    after its forward and gather them again in the backward pass: less memory, more traffic. mixers_alone: the mixers are called
+    by themselves, never as parts of the model (alignment). Every rank must hold the same weights before.
+    """
+    if not is_distributed() or isinstance(model, FSDPModule):
+        return
+    in_compute_dtype = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        in_compute_dtype = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in model.model.layers:
+        for part in [block.token_mixer, block] if mixers_alone else [block]:
+            if matrices := _unsharded_matrices(part):
+                fully_shard(matrices, mp_policy=in_compute_dtype, reshard_after_forward=reshard_after_forward)
+            fully_shard(part, mp_policy=in_float32, reshard_after_forward=reshard_after_forward)
+    # The root keeps embeddings and head gathered until the backward pass: the loss takes the head's weight after the forward.
+    fully_shard(model, mp_policy=in_float32, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "packed_states")
+    for module in _sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)  # losses are divided by the targets of all ranks: their gradients add up
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def synchronize_gradients(model: nn.Module, is_on: bool) -> None:
+    """Whether the next backward passes add their gradients over the ranks, or keep them for a later one that does."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_on)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Free gathered weights, which an update is about to make stale: forward passes without a backward leave the root's."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds, sharing its memory; all of them where it isn't divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The number of the first row that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())  # as torch.chunk cuts, which FSDP2 follows
+    return min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered from all ranks, which must all ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter, one after the other; all ranks must go through it together."""
+    for name, parameter in model.named_parameters():
+        yield name, full(parameter.detach())
+
+
+def _unsharded_matrices(module: nn.Module) -> list[nn.Module]:
+    """The linear layers in `module`, in the order of their forward, that no unit has yet."""
+    return [
+        child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and not name.endswith(_NEVER_CALLED) and not isinstance(child.weight, DTensor)
+    ]
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [cast(FSDPModule, module) for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,128 @@
+"""Runs of every stage on one rank or on several processes that talk over gloo, as `torchrun` would start them."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from m1.config import AlignConfig, DistillConfig, SFTConfig
+from m1.training.align import align
+from m1.training.distill import distill
+from m1.training.distributed import is_first, ranks
+from m1.training.sft import sft
+from m1.training.sharding import full_parameters, shard_model
+from tests.training import tiny
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.ranks"])  # torch is imported once, processes are forked from there
+
+# 5 micro-batches a step: on two ranks, one of them has a batch that does not count.
+SIZES: dict[str, Any] = {
+    "steps": 4,
+    "tokens_per_step": 150,
+    "tokens_per_batch": 30,
+    "max_length": 30,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "precision": "float32",
+    "device": "cpu",
+    "timeout": 60.0,
+}
+# name -> (stage, fields of its config, fields of the model)
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "align": ("align", {"learning_rate": 0.0}, {}),
+    "align, mamba2, bf16, teacher divided": (
+        "align",
+        {"learning_rate": 0.0, "precision": "bfloat16", "shard_teacher": True},
+        {"mixer": "mamba2"},
+    ),
+    "distill, teacher divided": ("distill", {"shard_teacher": True, "ce_weight": 0.2}, {}),
+    "distill, mamba2, embeddings and attention frozen": (
+        "distill",
+        {"frozen": ["embeddings", "attention"], "max_grad_norm": 0.1},
+        {"mixer": "mamba2"},
+    ),
+    "distill, bf16": ("distill", {"precision": "bfloat16"}, {}),
+    "sft, tied embeddings": ("sft", {}, {}),
+    "sft, untied, biases, averaged": ("sft", {"ema_decay": 0.5}, {"tie_word_embeddings": False, "mixer_bias": True}),
+    "sft, recomputed, kept gathered, bf16": (
+        "sft",
+        {"gradient_checkpointing": True, "reshard_after_forward": False, "precision": "bfloat16"},
+        {"mixer": "mamba2"},
+    ),
+}
+
+
+def run_case(name: str, out: Path) -> None:
+    """Run a case on however many ranks there are; the first writes its weights and metrics into `out`."""
+    stage, fields, of_model = CASES[name]
+    student = tiny.model(attention=(1,), layers=3, **of_model)
+    teacher = tiny.model(attention=(0, 1, 2), layers=3, seed=1)
+    if stage != "sft":
+        student.load_state_dict(teacher.state_dict(), strict=False)
+    documents = tiny.documents(40)
+    if fields.get("shard_teacher"):
+        shard_model(teacher.requires_grad_(False), precision="float32")
+    if stage == "align":
+        result = align(student, teacher, documents, AlignConfig(**SIZES | fields), progress=False)
+    elif stage == "distill":
+        result = distill(student, teacher, documents, DistillConfig(**SIZES | fields), progress=False)
+    else:
+        result = sft(student, documents, SFTConfig(**SIZES | fields), progress=False)
+    weights = {name: tensor.clone() for name, tensor in full_parameters(student)}
+    if is_first():
+        save_file(weights, out / f"{name}.safetensors")
+        (out / f"{name}.json").write_text(json.dumps(result.metrics))
+
+
+def run_all_cases(out: Path) -> None:
+    for name in CASES:
+        run_case(name, out)
+
+
+def read_case(name: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    return load_file(out / f"{name}.safetensors"), json.loads((out / f"{name}.json").read_text())
+
+
+def start_ranks(count: int, act: Callable[..., None], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    """Processes that call `act(*arguments)` within the process group of `count` ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [CONTEXT.Process(target=_enter, args=(i, count, port, timeout, act, arguments)) for i in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(count: int, act: Callable[..., None], *arguments: Any) -> None:
+    """`act(*arguments)` on `count` ranks, until all have succeeded."""
+    processes = start_ranks(count, act, *arguments)
+    join(processes)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def join(processes: list[Any], timeout: float = 120.0) -> None:
+    """Wait for processes; those still there after `timeout` seconds are ended, and show that by their exit code."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _enter(number: int, count: int, port: int, timeout: float, act: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with ranks("cpu", timeout):
+        act(*arguments)
