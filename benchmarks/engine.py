@@ -1,232 +1,239 @@
-"""Sampling throughput of the engine and of transformers' `generate`, with the same model, on a CPU.
+"""Generation speed of the engine on one GPU, with random weights of known dimensions.
 
-    python benchmarks/engine.py                                    # table; JSON into results/engine_cpu.json
-    python benchmarks/engine.py --model runs/mine --dtype float32  # a checkpoint instead of random weights
+    python benchmarks/engine.py                                    # every case in full; JSON into results/engine.json
+    python benchmarks/engine.py --cases m1-3b/32/2048 --measures steps
+    python benchmarks/engine_cpu.py                                # on a CPU, against transformers' generate
 
-The default model has SmolLM2-135M's dimensions, every fourth layer attention, the others Mamba-1, and random weights. End
-tokens are ignored and every completion has a length of its own, so both sides count the same tokens. Workloads:
+A case is model/sequences/new tokens: so many prompts of 256 random tokens at once, end tokens ignored, temperature 0.7; tokens
+a second count from the first prompt to the last token, prefill included. "reasoner" instead of a number of tokens draws them
+as a reasoner's (log-normal, mean 283, at most 512), 16 samples a prompt of 100 tokens, more requests than run at once.
 
-    equal    one batch, all completions equally long: nobody waits for anybody, so this compares the steps alone
-    mixed    more requests than fit at once, of lengths as a reasoner's (log-normal): `generate` takes one batch after the
-             other and runs each until its longest is done; the engine fills every place that becomes free
-    samples  the same with several samples of each prompt, which the engine prefills once
+Measures, of which the last is what counts and the first two say why:
 
-Both sides run the same number of sequences at once. `generate` filters by nothing but the temperature.
+    steps    a decode step alone (its graph replayed), at three lengths of context, beside what bytes and operations allow
+    profile  20 steps of the running engine: time by class of kernel, and the share of time in which the GPU did nothing
+    run      the whole case
 """
 
 import argparse
-import copy
 import math
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from engine_models import random_model, step_cost
+from engine_profile import profile
 
 from m1.engine import Engine, SamplingParams
-from m1.engine.weights import for_sampling
-from m1.modeling import M1Config, M1ForCausalLM
-from m1.modeling.loading import load_model
+from m1.modeling import M1ForCausalLM
 from m1.storage import git_revision, write_json
 
-ATTENTION_EVERY = 4
+CASES = [
+    "m1-3b/32/2048",
+    "m1-3b/128/4096",
+    "m1-3b/512/2048",
+    "m1-3b/128/16384",
+    "llama-3b/32/2048",
+    "llama-3b/128/4096",
+    "llama-3b/512/2048",
+    "m1-0.5b/1024/reasoner",
+]
+PROMPT = 256
+PAGE_SIZE = 64
+REASONER = {"prompt": 100, "samples": 16, "mean": 283, "longest": 512, "rounds": 3}
 
 
-@dataclass(frozen=True)
-class Workload:
-    """prompts: token ids; lengths: of each prompt's completions."""
-
-    name: str
-    prompts: list[list[int]]
-    lengths: list[list[int]]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(sum, self.lengths))
+def longest_of(tokens: str) -> int:
+    return REASONER["prompt"] + REASONER["longest"] if tokens == "reasoner" else PROMPT + int(tokens)
 
 
-@dataclass(frozen=True)
-class Result:
-    workload: str
-    temperature: float
-    num_sequences: int
-    num_prompt_tokens: int
-    num_tokens: int
-    longest: int
-    engine_seconds: float
-    generate_seconds: float
-
-    @property
-    def ratio(self) -> float:
-        return self.generate_seconds / self.engine_seconds
-
-
-def smollm2_sized(mixer: str) -> M1ForCausalLM:
-    """A hybrid with random weights and SmolLM2-135M's dimensions."""
-    layers = ["full_attention" if i % ATTENTION_EVERY == ATTENTION_EVERY - 1 else "linear_attention" for i in range(30)]
-    torch.manual_seed(0)
-    config = M1Config(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        layer_types=layers,
-        mixer=mixer,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
+def make_engine(model: M1ForCausalLM, num_sequences: int, longest: int, arguments: argparse.Namespace) -> Engine:
+    return Engine(
+        model,
+        max_num_seqs=num_sequences,
+        max_model_len=longest,
+        page_size=PAGE_SIZE,
+        max_num_batched_tokens=max(arguments.budget, 2 * num_sequences),
+        enable_prefix_caching=False,
+        enforce_eager=arguments.eager,
+        num_steps_ahead=arguments.ahead,
     )
-    return M1ForCausalLM(config).eval()
 
 
-def workloads(vocab_size: int, arguments: argparse.Namespace) -> list[Workload]:
+# Steps alone
+
+
+def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: int = 20) -> float:
+    """Seconds of a decode step of sequences that have `context` tokens, whose states and pages hold random numbers."""
+    runner = engine.runner
+    runner.allocate()
+    graphs = runner._current_graphs()
+    pages = -(-(context + num_steps + 8) // PAGE_SIZE)
+    if pages * num_sequences > engine.capacity.num_pages:
+        return math.nan
+    slots = torch.arange(num_sequences, device="cuda")
+    runner._block_tables[:num_sequences, :pages] = torch.arange(pages * num_sequences, device="cuda").view(-1, pages)
+    runner._integers[0, :num_sequences] = torch.randint(1, 1000, (num_sequences,), device="cuda")
+    runner._integers[1, :num_sequences] = context
+    runner._floats[0, :num_sequences] = 0.7
+    rows = torch.from_numpy(runner.pad(slots.cpu().numpy(), graphs.sizes)).cuda() if graphs else slots
+    width = next(width for width in runner._widths if width >= pages)
+
+    @torch.inference_mode()
+    def step() -> None:
+        if graphs:
+            graphs.run(runner.decode, rows, width, 0)
+        else:
+            runner.decode(rows, width, 0)
+
+    for _ in range(4):
+        step()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(num_steps):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / num_steps
+
+
+def measure_steps(engine: Engine, num_sequences: int, longest: int) -> list[dict[str, Any]]:
+    assert engine.runner.state is not None
+    for stack in (*engine.runner.state.slot_stacks, *engine.runner.state.page_stacks):
+        for layer in stack:
+            layer.normal_(0, 0.5)
+    found = []
+    for context in sorted({PROMPT, longest // 2, longest - 64}):
+        cost = step_cost(engine.model, num_sequences, context)
+        seconds = decode_seconds(engine, num_sequences, context)
+        found.append(
+            {"context": context, "milliseconds": 1000 * seconds, "limit_milliseconds": 1000 * cost.seconds} | asdict(cost)
+        )
+        print(
+            f"  context {context:6}: {1000 * seconds:7.3f} ms, {num_sequences / seconds:9,.0f} tokens/s; limit "
+            f"{1000 * cost.seconds:6.3f} ms ({cost.seconds / seconds:.0%} reached)",
+            flush=True,
+        )
+    return found
+
+
+# The engine
+
+
+def requests_of(case: str, vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts and what is asked of them. The reasoner's lengths are one to a request: samples of a prompt share them."""
+    _, count, tokens = case.split("/")
     rng = random.Random(0)
 
-    def prompt() -> list[int]:
-        return [rng.randrange(1, vocab_size) for _ in range(rng.randint(32, 160))]
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(1, vocab_size) for _ in range(length)]
 
-    def length() -> int:
-        sigma = 0.7
-        drawn = round(rng.lognormvariate(math.log(arguments.mean) - sigma**2 / 2, sigma))
-        return max(8, min(arguments.longest, drawn))
-
-    prompts = [prompt() for _ in range(arguments.requests)]
-    num_groups = arguments.requests // arguments.samples
-    return [
-        Workload("equal", prompts[: arguments.batch], [[arguments.mean]] * arguments.batch),
-        Workload("mixed", prompts, [[length()] for _ in prompts]),
-        Workload("samples", prompts[:num_groups], [[length() for _ in range(arguments.samples)] for _ in range(num_groups)]),
-    ]
-
-
-def run_engine(engine: Engine, workload: Workload, temperature: float) -> None:
-    """Samples of one prompt have lengths of their own, which one request can't ask for: the host's table of decoding
-    sequences is told how far each may go."""
-    requests, limits = [], {}
-    for prompt, lengths in zip(workload.prompts, workload.lengths, strict=True):
-        params = SamplingParams(n=len(lengths), temperature=temperature, max_tokens=max(lengths), ignore_eos=True)
-        request = engine.submit(prompt, params)
-        requests.append((request, lengths))
-        limits |= {(request.number, index): limit for index, limit in enumerate(lengths)}
-    table = engine.scheduler.table
-    start = table.start
-
-    def start_with_limit(sequence, capacity):
-        start(sequence, capacity)
-        table.limit(sequence, limits[sequence.key])
-
-    table.start = start_with_limit
-    try:
-        while engine.has_work:
-            engine.step()
-    finally:
-        table.start = start
-    generated = [sum(len(c.token_ids) for c in request.completions.values()) for request, _ in requests]
-    assert generated == [sum(lengths) for _, lengths in requests]
+    if tokens != "reasoner":
+        params = SamplingParams(temperature=0.7, max_tokens=int(tokens), ignore_eos=True, seed=0)
+        return [(prompt(PROMPT), params) for _ in range(int(count))]
+    sigma = 0.5
+    requests = []
+    for index in range(REASONER["rounds"] * int(count) // REASONER["samples"]):
+        length = round(rng.lognormvariate(math.log(REASONER["mean"]) - sigma**2 / 2, sigma))
+        limit = max(16, min(REASONER["longest"], length))
+        params = SamplingParams(n=REASONER["samples"], temperature=0.7, max_tokens=limit, ignore_eos=True, seed=index)
+        requests.append((prompt(REASONER["prompt"]), params))
+    return requests
 
 
-@torch.inference_mode()
-def run_generate(model: M1ForCausalLM, workload: Workload, temperature: float, batch: int) -> None:
-    """`batch` sequences after the other as left-padded batches, each until its longest is done."""
-    num_samples = len(workload.lengths[0])
-    num_prompts = batch // num_samples
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    for low in range(0, len(workload.prompts), num_prompts):
-        prompts = workload.prompts[low : low + num_prompts]
-        longest = max(map(max, workload.lengths[low : low + num_prompts]))
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=longest,
-            eos_token_id=None,
-            pad_token_id=0,
-            num_return_sequences=num_samples,
-            **sampling,
-        )
-        assert output.shape == (len(prompts) * num_samples, width + longest)
+def submit_all(engine: Engine, case: str) -> int:
+    total = 0
+    for prompt, params in requests_of(case, engine.model.config.vocab_size):
+        engine.submit(prompt, params)
+        total += params.n * params.max_tokens
+    return total
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def measure_profile(engine: Engine, case: str) -> dict[str, Any]:
+    """In the middle of the case: once every place is taken, some steps on."""
+    submit_all(engine, case)
+    num_places = engine.capacity.max_num_seqs
+    while engine.scheduler.num_waiting and engine.scheduler.table.num_sequences < 0.9 * num_places:
+        engine.step()
+    for _ in range(40):
+        engine.step()
+    found = profile(engine.step, 20)
+    found.show()
+    engine._drop_all(RuntimeError("measured"))
+    return asdict(found)
 
 
-def measure(engine: Engine, model: M1ForCausalLM, workload: Workload, temperature: float, batch: int) -> Result:
-    engine.cache.forget_prefixes()
-    return Result(
-        workload=workload.name,
-        temperature=temperature,
-        num_sequences=sum(map(len, workload.lengths)),
-        num_prompt_tokens=sum(map(len, workload.prompts)),
-        num_tokens=workload.num_tokens,
-        longest=max(map(max, workload.lengths)),
-        engine_seconds=seconds(lambda: run_engine(engine, workload, temperature)),
-        generate_seconds=seconds(lambda: run_generate(model, workload, temperature, batch)),
+def measure_run(engine: Engine, case: str) -> dict[str, Any]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = engine.metrics, time.perf_counter()
+    total = submit_all(engine, case)
+    while engine.has_work:
+        engine.step()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    after = engine.metrics
+    assert after.num_generated_tokens - before.num_generated_tokens == total
+    graphs = engine.runner._graphs
+    found = {
+        "tokens": total,
+        "seconds": seconds,
+        "tokens_per_second": total / seconds,
+        "steps": after.num_steps - before.num_steps,
+        "preemptions": after.num_preemptions - before.num_preemptions,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "graphs": graphs.num_captured if graphs else 0,
+    }
+    print(
+        f"  run: {total:,} tokens in {seconds:.2f} s: {total / seconds:,.0f} tokens/s; {found['steps']} steps, "
+        f"{found['preemptions']} preemptions, {found['graphs']} graphs, peak {found['peak_memory_gib']:.1f} GiB",
+        flush=True,
     )
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    return names[0] if names else platform.processor()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint directory; random weights without it")
-    parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1", help="of the random model")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of both sides")
-    parser.add_argument("--batch", type=int, default=64, help="sequences at once, on both sides")
-    parser.add_argument("--requests", type=int, default=192, help="sequences in the second and third workload")
-    parser.add_argument("--samples", type=int, default=8, help="samples of a prompt in the third workload")
-    parser.add_argument("--mean", type=int, default=64, help="mean length of a completion")
-    parser.add_argument("--longest", type=int, default=256, help="longest completion")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", default="results/engine_cpu.json")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="model/sequences/new tokens or reasoner")
+    parser.add_argument("--measures", nargs="+", choices=["steps", "profile", "run"], default=["steps", "profile", "run"])
+    parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1")
+    parser.add_argument("--budget", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("--ahead", type=int, help="steps launched before one is read")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--out", default="results/engine.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    model = load_model(arguments.model, dtype=dtype) if arguments.model else smollm2_sized(arguments.mixer).to(dtype)
-    engine = Engine(for_sampling(copy.deepcopy(model)), max_num_seqs=arguments.batch)
-    warm_up = Workload("warm-up", [[1, 2, 3]] * 4, [[3]] * 4)
-    measure(engine, model, warm_up, 1.0, 4)
-
-    print(f"{'workload':10}{'T':>5}{'tokens':>8}{'longest':>9}{'engine tok/s':>14}{'generate tok/s':>16}{'ratio':>7}")
-    results = []
-    for temperature in arguments.temperatures:
-        for workload in workloads(model.config.vocab_size, arguments):
-            result = measure(engine, model, workload, temperature, arguments.batch)
-            results.append(asdict(result) | {"ratio": result.ratio})
-            print(
-                f"{result.workload:10}{temperature:5.1f}{result.num_tokens:8}{result.longest:9}"
-                f"{result.num_tokens / result.engine_seconds:14.0f}{result.num_tokens / result.generate_seconds:16.0f}"
-                f"{result.ratio:7.2f}",
-                flush=True,
-            )
+    results, models = [], {}
+    for case in arguments.cases:
+        name, count, tokens = case.split("/")
+        if name not in models:
+            models.clear()
+            models[name] = random_model(name, arguments.mixer)
+            torch.cuda.empty_cache()
+        print(case, flush=True)
+        longest = longest_of(tokens)
+        engine = make_engine(models[name], int(count), longest, arguments)
+        result: dict[str, Any] = {"case": case}
+        if "steps" in arguments.measures:
+            result["steps"] = measure_steps(engine, int(count), longest)
+        if "profile" in arguments.measures:
+            result["profile"] = measure_profile(engine, case)
+        if "run" in arguments.measures:
+            result["run"] = measure_run(engine, case)
+        results.append(result)
+        engine.sleep()
+        del engine
+        torch.cuda.empty_cache()
     record = {
         "command": " ".join(["python", *sys.argv]),
         "revision": git_revision(),
-        "hardware": {"processor": processor(), "threads": arguments.threads},
+        "hardware": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
-        "model": arguments.model or f"random, SmolLM2-135M's dimensions, {arguments.mixer}",
-        "dtype": arguments.dtype,
-        "batch": arguments.batch,
         "results": results,
     }
     out = Path(arguments.out)

@@ -32,10 +32,11 @@ def forward_logprobs(model: M1ForCausalLM, prompt: list[int], tokens: list[int],
     return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
-def test_greedy_tokens_equal_transformers_generate(model):
+@pytest.mark.parametrize("num_steps_ahead", [0, 2])
+def test_greedy_tokens_equal_transformers_generate(model, num_steps_ahead):
     """Mixed lengths, chunks of at most 24 tokens beside decoding sequences."""
     prompts = random_prompts(LENGTHS)
-    engine = tiny_engine(model)
+    engine = tiny_engine(model, num_steps_ahead=num_steps_ahead)
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
     for prompt, (completion,) in zip(prompts, outputs, strict=True):
         assert completion.token_ids == hf_greedy(model, prompt, 16)
@@ -72,6 +73,7 @@ SCHEDULES = {
     "preemption": {"num_pages": 12},
     "no prefixes": {"enable_prefix_caching": False},
     "large pages": {"page_size": 64},
+    "two steps ahead": {"num_steps_ahead": 2, "num_pages": 16},
 }
 
 
@@ -108,6 +110,23 @@ def test_logprobs_equal_a_fresh_forward(model, temperature):
     for prompt, (completion,) in zip(prompts, outputs, strict=True):
         expected = forward_logprobs(model, prompt, completion.token_ids, temperature or 1.0)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=ENGINE_LOGPROBS, rtol=0)
+
+
+def test_alternatives_are_the_most_likely_tokens():
+    """As many as each request asks for, in one batch with one that asks for none; at the sampling temperature."""
+    model = tiny_model(initializer_range=0.1)
+    prompts = random_prompts((4, 9, 6))
+    params = [SamplingParams(seed=1, temperature=t, max_tokens=12, logprobs=k) for t, k in ((0.7, 4), (0.0, 20), (1.0, None))]
+    (some,), (greedy,), (none,) = tiny_engine(model, num_steps_ahead=1).generate(prompts, params)
+    assert none.top_logprobs is None
+    for completion, prompt, count, temperature in ((some, prompts[0], 4, 0.7), (greedy, prompts[1], 20, 1.0)):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion.token_ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        values, ids = (logits / temperature).log_softmax(-1).topk(count)
+        assert [list(top) for top in completion.top_logprobs] == ids.tolist()
+        found = torch.tensor([list(top.values()) for top in completion.top_logprobs])
+        torch.testing.assert_close(found, values, atol=ENGINE_LOGPROBS, rtol=0)
+    assert [next(iter(top)) for top in greedy.top_logprobs] == greedy.token_ids
 
 
 @pytest.mark.parametrize("variant", ["mamba1", "mamba2", "dense"])

@@ -13,9 +13,9 @@ def model():
     return tiny_model(initializer_range=0.1)  # flat enough that samples differ and the end token appears
 
 
-@pytest.fixture
-def engine(model) -> Engine:
-    return tiny_engine(model, tokenizer=byte_tokenizer())
+@pytest.fixture(params=[0, 2], ids=["read at once", "two steps ahead"])
+def engine(model, request) -> Engine:
+    return tiny_engine(model, tokenizer=byte_tokenizer(), num_steps_ahead=request.param)
 
 
 def test_seeds(engine):

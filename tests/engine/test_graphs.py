@@ -1,0 +1,138 @@
+"""Decode steps padded to a graph's size: real rows get what they get alone, nothing else is touched; graph equals eager."""
+
+import copy
+
+import pytest
+import torch
+
+from m1.engine import Engine, SamplingParams
+from m1.engine.graphs import batch_sizes, next_of, table_widths
+from m1.engine.runner import ModelRunner
+from tests.engine.models import VARIANTS, random_prompts, tiny_engine, tiny_model
+from tests.numerics import ENGINE_LOGPROBS, REL_RMS, rel_rms
+
+LENGTHS = (1, 3, 9, 17, 22)
+PARAMS = [
+    SamplingParams(seed=i, temperature=t, top_p=0.9, max_tokens=30, ignore_eos=True) for i, t in enumerate([0, 1, 1, 2, 1])
+]
+
+
+def engine_under_way(variant: str, device: str = "cpu", **options: object) -> Engine:
+    """An engine whose five sequences have decoded a few tokens, and have pages for more."""
+    engine = tiny_engine(tiny_model(variant).to(device), max_num_batched_tokens=128, page_size=64, **options)
+    for prompt, params in zip(random_prompts(LENGTHS), PARAMS, strict=True):
+        engine.submit(prompt, params)
+    for _ in range(5):
+        engine.step()
+    assert engine.scheduler.table.num_sequences == 5
+    return engine
+
+
+def copy_of(runner: ModelRunner) -> ModelRunner:
+    """The same rows, states and pages once more, of the same model."""
+    return copy.deepcopy(runner, {id(runner.model): runner.model, id(runner._graphs): None})
+
+
+def decode(runner: ModelRunner, slots, width: int) -> tuple[torch.Tensor, ...]:
+    with torch.inference_mode():
+        return runner.decode(torch.as_tensor(slots, device=runner.device), width, 3)
+
+
+def states_of(runner: ModelRunner) -> list[torch.Tensor]:
+    return [*runner.state.slot_stacks, *runner.state.page_stacks]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_touches_nothing_but_scratch(variant):
+    engine = engine_under_way(variant)
+    slots = engine.scheduler.table.active_slots()
+    plain, padded, before = copy_of(engine.runner), copy_of(engine.runner), copy_of(engine.runner)
+    rows = padded.pad(slots, [4, 8])
+    assert rows.tolist() == [*slots.tolist(), *[padded.scratch_slot] * 3]
+    for _ in range(6):  # scratch rows stay where they are, however long it goes on
+        expected, results = decode(plain, slots, plain.max_width), decode(padded, rows, padded.max_width)
+        assert results[0][:5].tolist() == expected[0].tolist()
+        torch.testing.assert_close(results[1][:5], expected[1], atol=ENGINE_LOGPROBS, rtol=0)
+        assert results[3][:5].tolist() == expected[3].tolist()
+    assert torch.equal(padded._integers[:, slots], plain._integers[:, slots])
+    assert padded._integers[1, padded.scratch_slot] == 0
+    scratch = [padded.scratch_slot] * 2 + [padded.scratch_page] * 2
+    for mine, other, old, place in zip(*map(states_of, (padded, plain, before)), scratch, strict=True):
+        if old.numel() == 0:
+            continue
+        assert rel_rms(mine[:, :place], other[:, :place]) < REL_RMS[torch.float32]
+        assert not torch.equal(mine[:, :place], old[:, :place])
+        assert torch.equal(other[:, place:], old[:, place:])  # the unpadded step knows no scratch
+        untouched = (other == old).flatten(2).all(-1)[:, :place]  # other slots and pages
+        assert torch.equal((mine == old).flatten(2).all(-1)[:, :place], untouched)
+        assert untouched.any()
+
+
+def test_sizes_waste_little():
+    for largest in (1, 2, 3, 40, 512, 1000, 1088):
+        sizes = batch_sizes(largest)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == largest
+        for count in range(1, largest + 1):
+            assert count <= next_of(sizes, count) <= max(2 * count, count + 31 if count <= 512 else count + 63)
+    assert table_widths(16) == [16]
+    assert table_widths(1000) == [16, 64, 256, 1000]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_graph_is_its_eager_step(variant):
+    """Bit for bit, at the same padded batch, several steps on."""
+    engine = engine_under_way(variant, "cuda", enforce_eager=True)
+    eager, captured = copy_of(engine.runner), copy_of(engine.runner)
+    captured._uses_graphs = True
+    graphs = captured._current_graphs()
+    slots = torch.as_tensor(eager.pad(engine.scheduler.table.active_slots(), graphs.sizes), device="cuda")
+    width = eager._widths[-1]
+    with torch.inference_mode():
+        for _ in range(4):
+            expected = [t.clone() for t in eager.decode(slots, width, 3)]
+            for mine, other in zip(graphs.run(captured.decode, slots, width, 3), expected, strict=True):
+                assert torch.equal(mine[:5], other[:5])
+    assert graphs.num_captured == 1
+    for mine, other in zip(states_of(captured), states_of(eager), strict=True):
+        assert torch.equal(mine[:, :-1], other[:, :-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_engine_with_graphs_is_the_engine_without(variant):
+    """Sequences come and go, prompts are prefilled beside them, states are freed and taken again; greedy: the CPU's tokens."""
+    prompts = random_prompts((1, 5, 9, 17, 22, 30, 3, 8, 12, 40))
+    params = [SamplingParams(seed=i, temperature=i % 3, max_tokens=10 + 2 * i) for i in range(10)]
+    outputs = []
+    for options in ({}, {"num_steps_ahead": 0}, {"enforce_eager": True}):
+        engine = tiny_engine(tiny_model(variant).to("cuda"), **options)
+        outputs.append(engine.generate(prompts, params))
+        engine.sleep()
+        assert [c.token_ids for (c,) in engine.generate(prompts, params)] == [c.token_ids for (c,) in outputs[-1]]
+    on_cpu = tiny_engine(tiny_model(variant)).generate(prompts, params)
+    for rows in zip(*outputs, strict=True):
+        assert len({tuple(c.token_ids) for (c,) in rows}) == 1
+    for (mine,), (other,), own in zip(outputs[0], on_cpu, params, strict=True):
+        assert own.temperature or mine.token_ids == other.token_ids
+
+
+@pytest.mark.gpu
+def test_graphs_follow_weights():
+    """Changed in place they are read as they are; moved, the graphs are made anew."""
+    model = tiny_model().to("cuda")
+    engine, params = tiny_engine(model), SamplingParams(temperature=0, max_tokens=10)
+    prompts = random_prompts((4, 9))
+    engine.generate(prompts, params)
+    for is_moved in (False, True):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                changed = parameter * 1.5
+                if is_moved:
+                    parameter.data = changed
+                else:
+                    parameter.copy_(changed)
+        engine.update_weights()
+        expected = tiny_engine(model, enforce_eager=True).generate(prompts, params)
+        assert [c.token_ids for (c,) in engine.generate(prompts, params)] == [c.token_ids for (c,) in expected]
