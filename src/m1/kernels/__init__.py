@@ -9,6 +9,7 @@ from m1.kernels.activation import swiglu
 from m1.kernels.attention import paged_attention, varlen_attention, write_kv
 from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from m1.kernels.mamba1_step import mamba1_step
+from m1.kernels.mamba2_step import mamba2_step
 from m1.kernels.norm import gated_rms_norm, rms_norm
 from m1.kernels.rope import apply_rotary
 from m1.kernels.sampling import sample
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba1_step",
+    "mamba2_step",
     "paged_attention",
     "rms_norm",
     "sample",

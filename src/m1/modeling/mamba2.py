@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from m1.kernels import apply_rotary, causal_conv1d, causal_conv1d_update, gated_rms_norm, ssd_scan, ssd_state_update
+from m1.kernels import (
+    apply_rotary,
+    causal_conv1d,
+    causal_conv1d_update,
+    gated_rms_norm,
+    mamba2_step,
+    ssd_scan,
+    ssd_state_update,
+)
 from m1.modeling.attention import RMSNorm
 from m1.modeling.configuration import M1Config
 from m1.modeling.mamba1 import inverse_softplus
@@ -59,11 +67,13 @@ class Mamba2Mixer(nn.Module):
         """x [T, hidden] -> [T, hidden]. With a state, it goes on from `layout.slots` and leaves the new states there."""
         config = self.config
         z, vkq, dt = self.in_proj(x).split([config.d_inner, sum(self.splits[1:4]), self.num_heads], dim=-1)
+        z = z.unflatten(-1, (-1, config.head_dim))
+        if state is not None and layout.is_decode and not (config.mixer_rope or config.qk_norm):
+            return self.out_proj(self._step(z, vkq, dt, layout, state).flatten(1))
         vkq = self._convolve(vkq, layout, state)
         v, k, q = vkq.split(self.splits[1:4], dim=-1)
         v, k, q = self.split_heads(v, k, q, rotary)
         y = self._scan(v, dt, k, q, layout, state)  # [T, H, P]
-        z = z.unflatten(-1, (-1, config.head_dim))
         if self.norm is not None:
             return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.norm.eps).flatten(1))
         return self.out_proj((y * nn.functional.silu(z)).flatten(1))
@@ -95,9 +105,33 @@ class Mamba2Mixer(nn.Module):
         windows[slots] = window.to(windows.dtype)
         return vkq
 
+    def _step(self, z: Tensor, vkq: Tensor, dt: Tensor, layout: SequenceLayout, state: ModelState) -> Tensor:
+        """One token a sequence where nothing stands between convolution and scan: gated, normed outputs [n, H, P]."""
+        v, k, q = (t.unflatten(-1, (-1, self.config.head_dim)) for t in vkq.split(self.splits[1:4], dim=-1))
+        A, scan = self._dynamics()
+        return mamba2_step(
+            *state.of_mixer(self.layer),
+            z,
+            v,
+            k,
+            q,
+            dt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            A,
+            **scan,
+            conv_activation=self.config.conv_activation,
+            norm_weight=None if self.norm is None else self.norm.weight,
+            norm_eps=0.0 if self.norm is None else self.norm.eps,
+            slots=layout.slots,
+        )
+
+    def _dynamics(self) -> tuple[Tensor, dict[str, Any]]:
+        """A, and the scan's other parameters, in fp32."""
+        return -self.A_log.float().exp(), {"D": self.D.float(), "dt_bias": self.dt_bias.float()}
+
     def _scan(self, v: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
-        A = -self.A_log.float().exp()
-        scan: dict[str, Any] = {"D": self.D.float(), "dt_bias": self.dt_bias.float()}
+        A, scan = self._dynamics()
         if state is None:
             return ssd_scan(v, dt, A, B, C, **scan, cu_seqlens=layout.cu_seqlens)
         states, slots = state.of_mixer(self.layer)[1], layout.slots

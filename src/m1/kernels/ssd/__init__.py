@@ -35,7 +35,7 @@ def ssd_scan(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Any:
     """Run the recurrence over packed documents, restarting at each one.
 
@@ -45,7 +45,8 @@ def ssd_scan(
         D: [H] skip weights; dt_bias: [H]; dt_softplus: False takes dt + dt_bias as it is.
         cu_seqlens: [n+1] int32, None for one document; initial_state: [n, H, P, N].
         output_final_state: also return the state after each document's last token.
-        chunk_size: tokens a chunk of the matrix form; it changes speed and rounding only.
+        chunk_size: tokens a chunk of the matrix form (a GPU takes the next power of 2); it changes speed and rounding only.
+            None: what suits the device and the sizes.
     Returns:
         y [T, H, P] in x's dtype, or (y, final_state [n, H, P, N] fp32). Computed in fp32; differentiable in every
         floating input, also through final_state.
@@ -54,7 +55,7 @@ def ssd_scan(
     """
     _check_inputs("T", x, dt, A, B, C, D, dt_bias)
     num_sequences = require_cu_seqlens(cu_seqlens, x.shape[0], x)
-    require(chunk_size > 0, "chunk_size", "at least 1", chunk_size)
+    require(chunk_size is None or chunk_size > 0, "chunk_size", "at least 1", chunk_size)
     if initial_state is not None:
         shape = (num_sequences, C.shape[1], x.shape[2], C.shape[2])
         require_tensor("initial_state", initial_state, "n H P N", shape, x)

@@ -15,6 +15,8 @@ from torch import Tensor
 from m1.kernels.chunks import Chunks
 from m1.kernels.state_rows import state_blocks
 
+CHUNK_SIZE = 64
+
 
 def ssd_scan(
     x: Tensor,
@@ -29,12 +31,12 @@ def ssd_scan(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Any:
     """See m1.kernels.ssd.ssd_scan."""
     num_heads = C.shape[1]
     heads = (B.shape[1], num_heads // B.shape[1])  # G, R
-    chunks = Chunks(cu_seqlens, x.shape[0], chunk_size, x.device)
+    chunks = Chunks(cu_seqlens, x.shape[0], chunk_size or CHUNK_SIZE, x.device)
     with torch.autocast(x.device.type, enabled=False):
         repeated = _repeat(x.float(), num_heads)  # [T, H, P]
         delta = _step_size(dt, dt_bias, dt_softplus)  # [T, H]

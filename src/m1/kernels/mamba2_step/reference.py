@@ -1,0 +1,41 @@
+"""The Mamba-2 decoding step in torch: the single ops one after the other. The truth for the kernel, and the CPU path."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m1.kernels.causal_conv1d.reference import causal_conv1d_update
+from m1.kernels.norm.reference import gated_rms_norm
+from m1.kernels.ssd.reference import ssd_state_update
+
+
+@torch.no_grad()
+def mamba2_step(
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    z: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    conv_activation: str | None = "silu",
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """See m1.kernels.mamba2_step.mamba2_step."""
+    channels = torch.cat([x.flatten(1), B.flatten(1), C.flatten(1)], 1)  # [n, Dc]
+    channels = causal_conv1d_update(channels, conv_state, conv_weight, conv_bias, activation=conv_activation, slots=slots)
+    widths = [x[0].numel(), B[0].numel(), C[0].numel()]
+    x, B, C = (part.view(like.shape) for part, like in zip(channels.split(widths, 1), (x, B, C), strict=True))
+    y = ssd_state_update(ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots)
+    if norm_weight is not None:
+        return gated_rms_norm(y, z, norm_weight, norm_eps)
+    return (y.float() * F.silu(z.float())).to(y.dtype)
