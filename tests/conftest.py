@@ -1,8 +1,31 @@
 """Where no GPU is, Triton kernels run in its interpreter: switched on before anything (transformers, say) imports triton."""
 
+import importlib.metadata
+import importlib.util
 import os
+from typing import Any
 
 import torch
 
+
+def is_older(package: str, version: tuple[int, int]) -> bool:
+    return tuple(map(int, importlib.metadata.version(package).split(".")[:2])) < version
+
+
+def mend_interpreted_loop_bounds() -> None:
+    """Triton before 3.9 turns a loop's bound, an array of one element, into a number with int(), which numpy 2.5 refuses."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") and is_older("triton", (3, 9)) and not is_older("numpy", (2, 5)):
+        mend_interpreted_loop_bounds()

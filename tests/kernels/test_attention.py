@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m1.kernels import paged_attention, varlen_attention, write_kv
+from m1.kernels import apply_rotary, paged_attention, rope_write_kv, varlen_attention, write_kv
 from m1.kernels.attention import torch_varlen
 from m1.kernels.attention.reference import _groups_of_like_length
 from tests.kernels import naive
@@ -150,6 +150,70 @@ def test_write_kv_skips_negative_slots_and_leaves_the_rest() -> None:
         expected[2, 1], expected[5, 2] = new[0].detach(), new[2].detach()
         assert torch.equal(written, expected)
     write_kv(*(torch.randn(0, G, K) for _ in range(2)), key_pages, value_pages, torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("count", [1, G])
+@pytest.mark.parametrize("new", [[1, 1], [3, 5]], ids=["decode", "prefill"])
+def test_fp8_pages_with_scales(new: list[int], count: int) -> None:
+    """Pages hold what e4m3 makes of k / k_scale; attention is over what they stand for."""
+    contexts = [9, 6]
+    generator = torch.Generator().manual_seed(3)
+    scales = {name: 0.02 + torch.rand(count, generator=generator) for name in ("k_scale", "v_scale")}
+    scales["v_scale"][0] = 0.004  # so small that values saturate
+    sequences, cache = fill_cache(contexts)
+    stored = {"key_pages": "k", "value_pages": "v"}
+    eight_bits = {name: torch.zeros_like(cache[name]).to(torch.float8_e4m3fn) for name in stored}
+    q, expected = [], []
+    for row, (sequence, context, length) in enumerate(zip(sequences, contexts, new, strict=True)):
+        places = torch.arange(context)
+        slots = cache["block_tables"][row].long()[places // PAGE] * PAGE + places % PAGE
+        write_kv(sequence["k"], sequence["v"], *eight_bits.values(), slots, **scales)
+        held = {}
+        for name, scale in (("k", scales["k_scale"]), ("v", scales["v_scale"])):
+            scaled = (sequence[name] / scale[:, None]).clamp(-448, 448)
+            held[name] = scaled.to(torch.float8_e4m3fn).double() * scale[:, None].double()
+        q.append(sequence["q"][-length:])
+        expected.append(attend(q[-1].double(), **held, start=context - length, window=None, scale=None))
+    assert eight_bits["value_pages"].float().abs().max() == 448
+    arguments = cache | eight_bits | scales | {"cu_seqlens": naive.cu_seqlens(new), "max_seqlen": max(new)}
+    actual = paged_attention(torch.cat(q), **arguments)
+    assert_close({"y": actual}, {"y": torch.cat(expected)}, REL_RMS[torch.float32])
+
+
+def test_rope_write_kv_is_rotation_then_write() -> None:
+    inputs, pages = random_qkv(5), torch.randn(2, 3, PAGE, G, K)
+    expected = pages.clone()
+    cos, sin = torch.randn(2, 5, K)
+    slots = torch.tensor([4, -1, 0, 11, 7])
+    q = rope_write_kv(inputs["q"], inputs["k"], inputs["v"], cos, sin, *pages, slots)
+    write_kv(apply_rotary(inputs["k"], cos, sin), inputs["v"], *expected, slots)
+    assert torch.equal(q, apply_rotary(inputs["q"], cos, sin))
+    assert torch.equal(pages, expected)
+    for name, bad in (("k", inputs["k"][:4]), ("v", inputs["v"][:, :1])):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            rope_write_kv(*(inputs | {name: bad}).values(), cos, sin, *pages, slots)
+    with pytest.raises(ValueError, match="`cos` must be"):
+        rope_write_kv(inputs["q"], inputs["k"], inputs["v"], cos[:, 1:], sin, *pages, slots)
+    with pytest.raises(ValueError, match="`kv_slots` must be below 12"):
+        rope_write_kv(inputs["q"], inputs["k"], inputs["v"], cos, sin, *pages, slots + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [
+        ("v_scale", {"k_scale": torch.ones(1)}),
+        ("k_scale", {"k_scale": torch.ones(3), "v_scale": torch.ones(3)}),
+        ("v_scale", {"k_scale": torch.ones(G), "v_scale": torch.ones(1)}),
+        ("k_scale", {"k_scale": torch.ones(1, dtype=torch.bfloat16), "v_scale": torch.ones(1)}),
+    ],
+)
+def test_bad_scales_are_named(name: str, scales: dict[str, Tensor]) -> None:
+    inputs, pages = random_qkv(2), torch.randn(2, 3, PAGE, G, K)
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        write_kv(inputs["k"], inputs["v"], *pages, torch.tensor([0, 1]), **scales)
+    _, cache = fill_cache([9])
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        paged_attention(inputs["q"][:1], **cache, cu_seqlens=naive.cu_seqlens([1]), max_seqlen=1, **scales)
 
 
 def test_what_torch_varlen_asks_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

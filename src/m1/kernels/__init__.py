@@ -6,7 +6,7 @@ Nothing here imports another part of m1.
 """
 
 from m1.kernels.activation import swiglu
-from m1.kernels.attention import paged_attention, varlen_attention, write_kv
+from m1.kernels.attention import paged_attention, rope_write_kv, varlen_attention, write_kv
 from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from m1.kernels.mamba1_step import mamba1_step
 from m1.kernels.mamba2_step import mamba2_step
@@ -25,6 +25,7 @@ __all__ = [
     "mamba2_step",
     "paged_attention",
     "rms_norm",
+    "rope_write_kv",
     "sample",
     "selective_scan",
     "selective_state_update",

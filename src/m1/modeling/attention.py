@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m1.kernels import apply_rotary, paged_attention, rms_norm, varlen_attention, write_kv
+from m1.kernels import apply_rotary, paged_attention, rms_norm, rope_write_kv, varlen_attention, write_kv
 from m1.modeling.configuration import SLIDING_ATTENTION, M1Config
 from m1.modeling.state import ModelState, SequenceLayout
 
@@ -46,29 +46,38 @@ class Attention(nn.Module):
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]. With a state, the new keys and values are written to it first."""
-        cos, sin = rotary
-        q = apply_rotary(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)  # [T, H, K]
-        k = apply_rotary(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)  # [T, G, K]
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, H, K]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, G, K]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, G, K]
-        return self.o_proj(self._attend(q, k, v, layout, state).flatten(-2))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: ModelState | None) -> Tensor:
+        if state is not None and layout.has_context:
+            return self.o_proj(self._attend_cached(q, k, v, layout, rotary, state).flatten(-2))
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if state is not None:
+            assert layout.kv_slots is not None
             key_pages, value_pages = state.of_attention(self.layer)
-            assert layout.kv_slots is not None and layout.block_tables is not None and layout.context_lens is not None
-            write_kv(k, v, key_pages, value_pages, layout.kv_slots)
-            if layout.has_context:
-                return paged_attention(
-                    q,
-                    key_pages,
-                    value_pages,
-                    block_tables=layout.block_tables,
-                    context_lens=layout.context_lens,
-                    cu_seqlens=layout.cu_seqlens,
-                    max_seqlen=layout.max_seqlen,
-                    scale=self.scale,
-                    window=self.window,
-                )
-        return varlen_attention(
+            write_kv(k, v, key_pages, value_pages, layout.kv_slots, **state.kv_scales(self.layer))
+        attended = varlen_attention(
             q, k, v, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, scale=self.scale, window=self.window
+        )
+        return self.o_proj(attended.flatten(-2))
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState
+    ) -> Tensor:
+        """Unrotated q, k, v of new tokens, written to the state first, -> [T, H, K]."""
+        assert layout.kv_slots is not None and layout.block_tables is not None and layout.context_lens is not None
+        key_pages, value_pages = state.of_attention(self.layer)
+        scales = state.kv_scales(self.layer)
+        q = rope_write_kv(q, k, v, *rotary, key_pages, value_pages, layout.kv_slots, **scales)
+        return paged_attention(
+            q,
+            key_pages,
+            value_pages,
+            block_tables=layout.block_tables,
+            context_lens=layout.context_lens,
+            cu_seqlens=layout.cu_seqlens,
+            max_seqlen=layout.max_seqlen,
+            scale=self.scale,
+            window=self.window,
+            **scales,
         )

@@ -94,7 +94,8 @@ class ModelState:
     """Per-layer state of many sequences: convolution windows and SSM states by slot, keys and values by page.
 
     conv_states[layer] [S, D, W-1] in `dtype`, ssm_states[layer] [S, H, P, N] in `state_dtype`; None for attention layers.
-    key_pages[layer], value_pages[layer] [pages, page_size, G, K] in `dtype`; None for mixer layers.
+    key_pages[layer], value_pages[layer] [pages, page_size, G, K] in `kv_dtype` (`dtype` unless given); None for mixer layers.
+    key_scale, value_scale [attention layers, G] fp32: what 8-bit pages are multiplied by (ones until set); None otherwise.
     A slot must be `reset` before a new sequence starts in it; pages need no reset.
     """
 
@@ -107,6 +108,7 @@ class ModelState:
         page_size: int = 64,
         dtype: torch.dtype = torch.float32,
         state_dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.page_size = config, page_size
@@ -115,9 +117,13 @@ class ModelState:
         num_mixers, num_attention = len(config.mixer_layers), len(config.attention_layers)
         windows = torch.zeros(num_mixers, *window, dtype=dtype, device=device)
         states = torch.zeros(num_mixers, num_slots, *ssm_state_shape(config), dtype=state_dtype, device=device)
-        keys, values = (torch.zeros(num_attention, *page, dtype=dtype, device=device) for _ in range(2))
+        keys, values = (torch.zeros(num_attention, *page, dtype=kv_dtype or dtype, device=device) for _ in range(2))
         # All layers in one tensor, [layers, S or pages, …], so that a slot or page is moved by one launch, not one a layer.
         self.slot_stacks, self.page_stacks = [windows, states], [keys, values]
+        self.key_scale = self.value_scale = None
+        if keys.element_size() == 1:
+            self.page_stacks = [keys.view(torch.uint8), values.view(torch.uint8)]  # which every way of copying knows
+            self.key_scale, self.value_scale = (torch.ones(num_attention, page[2], device=device) for _ in range(2))
         self.conv_states = self._by_layer(windows.mT, is_mixer=True)
         self.ssm_states = self._by_layer(states, is_mixer=True)
         self.key_pages = self._by_layer(keys, is_mixer=False)
@@ -154,6 +160,13 @@ class ModelState:
         keys, values = self.key_pages[layer], self.value_pages[layer]
         assert keys is not None and values is not None, f"layer {layer} is a mixer"
         return keys, values
+
+    def kv_scales(self, layer: int) -> dict[str, Tensor]:
+        """k_scale and v_scale of an attention layer's pages, as the kernels take them; empty where they hold plain numbers."""
+        if self.key_scale is None or self.value_scale is None:
+            return {}
+        index = self.config.attention_layers.index(layer)
+        return {"k_scale": self.key_scale[index], "v_scale": self.value_scale[index]}
 
     def reset_slots(self, slots: Tensor) -> None:
         """Zero the states of `slots` [m] int64, before new sequences start there."""

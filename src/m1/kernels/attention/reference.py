@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from m1.kernels.rope.reference import apply_rotary
+
 DECODE_BYTES = 2**21  # keys and values of the sequences that decode together
 MOST_PADDING = 1.5  # documents go in one call while the padded area of scores is at most this multiple of their own
 
@@ -53,10 +55,12 @@ def paged_attention(
     max_seqlen: int,
     scale: float | None = None,
     window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """See m1.kernels.attention.paged_attention: pages are gathered into one padded batch, one masked SDPA call."""
     if max_seqlen == 1:
-        return _decode(q, key_pages, value_pages, block_tables, context_lens, scale, window)
+        return _decode(q, key_pages, value_pages, block_tables, context_lens, scale, window, k_scale, v_scale)
     num_pages, page_size = key_pages.shape[:2]
     longest = int(context_lens.max())
     pages = block_tables[:, : -(-longest // page_size)].clamp(0, num_pages - 1).long()  # a short row's tail may name anything
@@ -64,8 +68,8 @@ def paged_attention(
     is_context = (places < context_lens[:, None])[:, :, None, None]  # [n, context, 1, 1]
     # what lies beyond the context was never written: a masked weight of 0 would not silence a NaN there
     keys, values = (
-        tensor[pages].flatten(1, 2)[:, :longest].to(q.dtype).masked_fill(~is_context, 0).transpose(1, 2)
-        for tensor in (key_pages, value_pages)
+        _unscaled(tensor[pages].flatten(1, 2)[:, :longest], own, q.dtype).masked_fill(~is_context, 0).transpose(1, 2)
+        for tensor, own in ((key_pages, k_scale), (value_pages, v_scale))
     )
     lengths = cu_seqlens.diff()
     offsets = torch.arange(max_seqlen, device=q.device)
@@ -97,6 +101,8 @@ def _decode(
     context_lens: Tensor,
     scale: float | None,
     window: int | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     """One query a sequence, [n, H, K] -> [n, H, K]. A group's heads are the rows of one small attention over its keys.
 
@@ -114,8 +120,8 @@ def _decode(
         rows = torch.tensor(members, device=q.device)
         pages = block_tables[rows, : -(-longest // page_size)].clamp(0, num_pages - 1).flatten()  # a tail may name anything
         keys, values = (
-            tensor.index_select(0, pages).view(len(members), -1, num_groups, width)[:, :longest].to(q.dtype)
-            for tensor in (key_pages, value_pages)
+            _unscaled(tensor.index_select(0, pages).view(len(members), -1, num_groups, width)[:, :longest], own, q.dtype)
+            for tensor, own in ((key_pages, k_scale), (value_pages, v_scale))
         )
         for row, member in enumerate(members):  # what was never written may be NaN, which a masked weight does not silence
             if lengths[member] < longest:
@@ -133,14 +139,56 @@ def _decode(
 
 
 @torch.no_grad()
-def write_kv(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, kv_slots: Tensor) -> None:
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    kv_slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """See m1.kernels.attention.write_kv."""
     is_kept = kv_slots >= 0
     if not is_kept.all():
         k, v, kv_slots = k[is_kept], v[is_kept], kv_slots[is_kept]
     where = (kv_slots // key_pages.shape[1], kv_slots % key_pages.shape[1])
-    key_pages[where] = k.to(key_pages.dtype)
-    value_pages[where] = v.to(value_pages.dtype)
+    key_pages[where] = _scaled(k, k_scale, key_pages.dtype)
+    value_pages[where] = _scaled(v, v_scale, value_pages.dtype)
+
+
+@torch.no_grad()
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    kv_slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """See m1.kernels.attention.rope_write_kv."""
+    write_kv(apply_rotary(k, cos, sin), v, key_pages, value_pages, kv_slots, k_scale=k_scale, v_scale=v_scale)
+    return apply_rotary(q, cos, sin)
+
+
+def _scaled(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[T, G, K] as pages of `dtype` hold it: divided by the scale, saturated at the largest number of 8 bits."""
+    if scale is not None:
+        x = x.float() / scale.view(-1, 1)
+    if dtype.itemsize == 1:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)
+
+
+def _unscaled(held: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What pages hold, […, G, K], as the numbers it stands for."""
+    return held.to(dtype) if scale is None else (held.float() * scale.view(-1, 1)).to(dtype)
 
 
 def _groups_of_like_length(lengths: list[int]) -> list[tuple[list[int], int]]:

@@ -75,20 +75,24 @@ def _split_bounds(context, window, num_splits, min_chunk, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def load_pages(table_row, position, offsets, visible, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of each position of a block in [visible, end): one number where blocks never straddle pages."""
+def load_pages(table_row, position, offsets, visible, end, num_pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each position of a block in [visible, end): one number where blocks never straddle pages.
+
+    A page that does not exist is replaced by one that does: a wrong table must not become an illegal access.
+    """
     if PAGE % BLOCK_N == 0:
-        return tl.load(table_row + position // PAGE, mask=position < end, other=0).to(tl.int64)
+        pages = tl.load(table_row + position // PAGE, mask=position < end, other=0)
     else:
         positions = position + offsets
         is_seen = (positions >= visible) & (positions < end)
-        return tl.load(table_row + positions // PAGE, mask=is_seen, other=0).to(tl.int64)
+        pages = tl.load(table_row + positions // PAGE, mask=is_seen, other=0)
+    return tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["window", "num_splits", "min_chunk"])
+@triton.jit(do_not_specialize=["window", "num_splits", "min_chunk", "num_pages", "capacity"])
 def _decode_split_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, k_scale_ptr, v_scale_ptr, out_ptr, partial_ptr, lse_ptr,
-    scale_log2, window, num_splits, min_chunk,
+    scale_log2, window, num_splits, min_chunk, num_pages, capacity,
     q_stride_t, q_stride_h, k_stride_p, k_stride_r, k_stride_g, v_stride_p, v_stride_r, v_stride_g,
     table_stride, scale_stride,
     R: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -96,7 +100,7 @@ def _decode_split_kernel(
 ):  # fmt: skip
     group, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(0) * R
-    context = tl.load(context_ptr + seq)
+    context = tl.minimum(tl.load(context_ptr + seq), capacity)
     visible, first, chunk = _split_bounds(context, window, num_splits, min_chunk, BLOCK_N)
     begin = first + split * chunk
     end = tl.minimum(begin + chunk, context)
@@ -126,10 +130,10 @@ def _decode_split_kernel(
     # Each lane keeps its own share of the denominator: one reduction at the end instead of one an iteration.
     weights = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     highest = tl.full([BLOCK_R], -float("inf"), tl.float32)
-    pages = load_pages(table_row, begin, offsets, visible, end, PAGE, BLOCK_N)
+    pages = load_pages(table_row, begin, offsets, visible, end, num_pages, PAGE, BLOCK_N)
     for position in range(begin, end, BLOCK_N):
         # The next block's pages are fetched an iteration ahead: the loads of keys never wait for the table.
-        next_pages = load_pages(table_row, position + BLOCK_N, offsets, visible, end, PAGE, BLOCK_N)
+        next_pages = load_pages(table_row, position + BLOCK_N, offsets, visible, end, num_pages, PAGE, BLOCK_N)
         positions = position + offsets
         is_seen = (positions >= visible) & (positions < end)
         mask = is_seen[:, None] & (columns < K)[None, :]
@@ -173,13 +177,13 @@ def _decode_split_kernel(
         tl.store(lse_ptr + slots, highest + tl.log2(total), mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["window", "num_splits", "min_chunk"])
+@triton.jit(do_not_specialize=["window", "num_splits", "min_chunk", "capacity"])
 def _combine_kernel(
-    partial_ptr, lse_ptr, context_ptr, out_ptr, window, num_splits, min_chunk,
+    partial_ptr, lse_ptr, context_ptr, out_ptr, window, num_splits, min_chunk, capacity,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head, seq = tl.program_id(0), tl.program_id(1)
-    context = tl.load(context_ptr + seq)
+    context = tl.minimum(tl.load(context_ptr + seq), capacity)
     _, first, chunk = _split_bounds(context, window, num_splits, min_chunk, BLOCK_N)
     num_used = tl.cdiv(context - first, chunk)
     splits = tl.arange(0, BLOCK_S)
@@ -218,9 +222,9 @@ def paged_decode(
     with context_lens 0 gives zeros. `config` None takes choose_config's.
     """
     num_sequences, num_heads, width = q.shape
-    page_size, num_groups = key_pages.shape[1:3]
+    num_pages, page_size, num_groups, _ = key_pages.shape
+    capacity = block_tables.shape[1] * page_size
     if config is None:
-        capacity = block_tables.shape[1] * page_size
         config = choose_config(
             num_sequences, num_heads, num_groups, width, key_pages.element_size(), capacity, num_multiprocessors(q.device)
         )
@@ -236,7 +240,7 @@ def paged_decode(
     block_k = triton.next_power_of_2(width)
     _decode_split_kernel[(num_groups, config.num_splits, num_sequences)](
         q, key_pages, value_pages, block_tables, context_lens, k_scale, v_scale, out, partial, lse,
-        scale * 1.4426950408889634, window, config.num_splits, config.min_chunk,
+        scale * 1.4426950408889634, window, config.num_splits, config.min_chunk, num_pages, capacity,
         *q.stride()[:2], *key_pages.stride()[:3], *value_pages.stride()[:3],
         block_tables.stride(0), 0 if k_scale is None or k_scale.numel() == 1 else 1,
         R=num_heads // num_groups, K=width, PAGE=page_size,
@@ -247,7 +251,7 @@ def paged_decode(
     if not is_direct:
         block_s = triton.next_power_of_2(config.num_splits)
         _combine_kernel[(num_heads, num_sequences)](
-            partial, lse, context_lens, out, window, config.num_splits, config.min_chunk,
+            partial, lse, context_lens, out, window, config.num_splits, config.min_chunk, capacity,
             K=width, BLOCK_K=block_k, BLOCK_S=block_s, BLOCK_N=config.block_n,
             num_warps=min(max(block_s * block_k // 1024, 1), 8),
         )  # fmt: skip

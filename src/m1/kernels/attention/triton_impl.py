@@ -9,6 +9,9 @@ and the cosines and sines. Floors on an H100 at 3.0 TB/s, bf16, 8 heads of 128 (
 
 fp8 pages (e4m3) hold k / k_scale and v / v_scale, saturated at ±448; the scales are fp32 [1] or [G] tensors on the device
 (one for all heads, or one a key/value head), None means 1.
+
+Wrong indices are not seen by the host here, and must not become illegal accesses: a slot beyond the pages writes nothing,
+a page that does not exist is read as another one, and a context ends with its block table.
 """
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from m1.kernels.attention.triton_decode import paged_decode
 from m1.kernels.attention.triton_prefill import paged_prefill
-from m1.kernels.dispatch import require, require_tensor
+from m1.kernels.dispatch import require
 from m1.kernels.launch import with_unit_stride
 
 
@@ -41,7 +44,6 @@ def paged_attention(
     k_scale, v_scale: see the module. Graph-capturable: nothing is read back, grids depend on shapes and max_seqlen.
     """
     _check_pages(key_pages, value_pages)
-    _check_scales(k_scale, v_scale, key_pages)
     q = with_unit_stride(q)
     block_tables = with_unit_stride(block_tables)
     context_lens, cu_seqlens = context_lens.contiguous(), cu_seqlens.contiguous()
@@ -66,7 +68,7 @@ def _to_page_dtype(x, scale_ptr, scales, mask, HAS_SCALE: tl.constexpr, DTYPE: t
 
 @triton.jit
 def _write_kernel(
-    k_ptr, v_ptr, key_ptr, value_ptr, slot_ptr, k_scale_ptr, v_scale_ptr,
+    k_ptr, v_ptr, key_ptr, value_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, num_slots,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, scale_stride,
     key_stride_p, key_stride_r, key_stride_g, value_stride_p, value_stride_r, value_stride_g,
     G: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -74,7 +76,7 @@ def _write_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
-    if slot >= 0:
+    if (slot >= 0) & (slot < num_slots):
         groups = tl.arange(0, BLOCK_G)
         columns = tl.arange(0, BLOCK_K)
         mask = (groups < G)[:, None] & (columns < K)[None, :]
@@ -101,7 +103,7 @@ def _rotate(x_ptr, c1, s1, c2, s2, offsets, mask, HALF: tl.constexpr):
 @triton.jit
 def _rope_write_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, key_ptr, value_ptr, slot_ptr, k_scale_ptr, v_scale_ptr,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, cos_stride, sin_stride, scale_stride,
+    num_slots, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, cos_stride, sin_stride, scale_stride,
     key_stride_p, key_stride_r, key_stride_g, value_stride_p, value_stride_r, value_stride_g,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -122,7 +124,7 @@ def _rope_write_kernel(
     tl.store(out_ptr + out_offsets + HALF, b.to(out_ptr.dtype.element_ty), mask=q_mask)
 
     slot = tl.load(slot_ptr + token)
-    if slot >= 0:
+    if (slot >= 0) & (slot < num_slots):
         page, row = slot // PAGE, slot % PAGE
         groups = tl.arange(0, BLOCK_G)
         in_groups = groups < G
@@ -156,12 +158,11 @@ def write_kv(
 ) -> None:
     """Write new keys and values [T, G, K] into the pages, in place; the public op's contract. Scales: see the module."""
     _check_pages(key_pages, value_pages)
-    _check_scales(k_scale, v_scale, key_pages)
     num_tokens, num_groups, width = k.shape
     k, v = with_unit_stride(k), with_unit_stride(v)
     with torch.cuda.device_of(k):
         _write_kernel[(num_tokens,)](
-            k, v, key_pages, value_pages, kv_slots.contiguous(), k_scale, v_scale,
+            k, v, key_pages, value_pages, kv_slots.contiguous(), k_scale, v_scale, key_pages.shape[0] * key_pages.shape[1],
             *k.stride()[:2], *v.stride()[:2], 0 if k_scale is None or k_scale.numel() == 1 else 1,
             *key_pages.stride()[:3], *value_pages.stride()[:3],
             G=num_groups, K=width, PAGE=key_pages.shape[1], BLOCK_G=triton.next_power_of_2(num_groups),
@@ -182,19 +183,15 @@ def rope_write_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Rotate q and k as apply_rotary does and write k and v as write_kv does, in one launch; returns the rotated q.
-
-    q [T, H, K]; k, v [T, G, K]; cos, sin [T, K]; the rest as for write_kv. A negative slot skips k and v, never q.
-    Without gradient.
-    """
+    """Rotate q and k and write k and v, in one launch; the public op's contract."""
     _check_pages(key_pages, value_pages)
-    _check_scales(k_scale, v_scale, key_pages)
     (num_tokens, num_heads, width), num_groups = q.shape, k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v, cos, sin = (with_unit_stride(x) for x in (q, k, v, cos, sin))
     with torch.cuda.device_of(q):
         _rope_write_kernel[(num_tokens,)](
             q, k, v, cos, sin, out, key_pages, value_pages, kv_slots.contiguous(), k_scale, v_scale,
+            key_pages.shape[0] * key_pages.shape[1],
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
             0 if k_scale is None or k_scale.numel() == 1 else 1,
             *key_pages.stride()[:3], *value_pages.stride()[:3],
@@ -210,12 +207,3 @@ def _check_pages(key_pages: Tensor, value_pages: Tensor) -> None:
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
         require(pages.stride(-1) == 1, name, "contiguous in its last dimension", f"strides {pages.stride()}")
     require(value_pages.dtype == key_pages.dtype, "value_pages", f"{key_pages.dtype} like key_pages", value_pages.dtype)
-
-
-def _check_scales(k_scale: Tensor | None, v_scale: Tensor | None, key_pages: Tensor) -> None:
-    require((k_scale is None) == (v_scale is None), "v_scale", "given exactly when k_scale is", v_scale)
-    if k_scale is None or v_scale is None:
-        return
-    count = 1 if k_scale.numel() == 1 else key_pages.shape[2]
-    require_tensor("k_scale", k_scale, "G", (count,), key_pages, (torch.float32,))
-    require_tensor("v_scale", v_scale, "G", (count,), key_pages, (torch.float32,))

@@ -20,10 +20,10 @@ from m1.kernels.attention.triton_decode import load_pages
 from m1.kernels.launch import dot_dtype
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "window", "num_pages", "capacity"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, cu_ptr, k_scale_ptr, v_scale_ptr, out_ptr,
-    scale_log2, num_sequences, window,
+    scale_log2, num_sequences, window, num_pages, capacity,
     q_stride_t, q_stride_h, k_stride_p, k_stride_r, k_stride_g, v_stride_p, v_stride_r, v_stride_g,
     table_stride, scale_stride,
     R: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
@@ -41,7 +41,7 @@ def _prefill_kernel(
     q_len = tl.load(cu_ptr + seq + 1) - q_start
     first_token = (block - (q_start // TOKENS + seq)) * TOKENS
     if first_token < q_len:
-        context = tl.load(context_ptr + seq)
+        context = tl.minimum(tl.load(context_ptr + seq), capacity)
         rows = tl.arange(0, BLOCK_M)
         columns = tl.arange(0, BLOCK_K)
         offsets = tl.arange(0, BLOCK_N)
@@ -66,7 +66,7 @@ def _prefill_kernel(
         highest = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing of a block
         for position in range(visible // BLOCK_N * BLOCK_N, end, BLOCK_N):
             positions = position + offsets
-            pages = load_pages(table_row, position, offsets, visible, end, PAGE, BLOCK_N)
+            pages = load_pages(table_row, position, offsets, visible, end, num_pages, PAGE, BLOCK_N)
             if PAGE % BLOCK_N != 0:
                 pages = pages[:, None]
             inside = (positions % PAGE)[:, None]
@@ -109,7 +109,7 @@ def paged_prefill(
     k_scale, v_scale: fp32 [1] or [G] on the device, what a stored element is multiplied by (fp8 pages).
     """
     num_tokens, num_heads, width = q.shape
-    page_size, num_groups = key_pages.shape[1:3]
+    num_pages, page_size, num_groups, _ = key_pages.shape
     heads_a_group = num_heads // num_groups
     num_sequences = len(context_lens)
     is_fp32 = dot_dtype(key_pages.dtype) == tl.float32
@@ -120,7 +120,7 @@ def paged_prefill(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _prefill_kernel[(num_tokens // tokens + num_sequences, num_groups)](
         q, key_pages, value_pages, block_tables, context_lens, cu_seqlens, k_scale, v_scale, out,
-        scale * 1.4426950408889634, num_sequences, window or 0,
+        scale * 1.4426950408889634, num_sequences, window or 0, num_pages, block_tables.shape[1] * page_size,
         *q.stride()[:2], *key_pages.stride()[:3], *value_pages.stride()[:3],
         block_tables.stride(0), 0 if k_scale is None or k_scale.numel() == 1 else 1,
         R=heads_a_group, K=width, PAGE=page_size, BLOCK_M=block_m, TOKENS=tokens,
