@@ -1,9 +1,12 @@
 """Sampling from a model that is being trained: shared weights, a copy in another dtype, modes, sleep."""
 
+import copy
+
 import pytest
 import torch
 
 from m1.engine import SamplingParams
+from m1.engine.merging import MergedMLP
 from m1.engine.packing import PackedLinear, can_pack
 from m1.modeling import M1ForCausalLM
 from tests.engine.models import random_prompts, tiny_engine, tiny_model
@@ -82,6 +85,24 @@ def test_a_copy_takes_named_parameters_and_refuses_others():
         engine.update_weights([("lm_head.weight", torch.ones(1))])
     with pytest.raises(ValueError, match="were not given"):
         engine.update_weights(list(other.named_parameters())[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_merged_projections_are_the_plain_ones(dtype):
+    """Also with biases, and after new weights: each part is found under the name that it has in a plain model."""
+    model = tiny_model(mlp_bias=True, attention_bias=True)
+    engine = tiny_engine(model, dtype=dtype)
+    assert isinstance(engine.model.model.layers[0].mlp, MergedMLP)
+    for _ in range(2):
+        plain = copy.deepcopy(model).to(dtype)
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.no_grad():
+            for mine, other in zip(engine.model.model.layers, plain.model.layers, strict=True):
+                assert rel_rms(mine.mlp(x), other.mlp(x)) < REL_RMS[dtype]
+        train(model)
+        with torch.no_grad():
+            assert rel_rms(mine.mlp(x), copy.deepcopy(model).to(dtype).model.layers[-1].mlp(x)) > REL_RMS[dtype]
+        engine.update_weights()
 
 
 def test_tied_weights_stay_tied_in_a_copy():

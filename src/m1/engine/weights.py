@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
 from m1.modeling.hybrid import M1ForCausalLM
 
@@ -29,7 +31,8 @@ def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype) -> M1ForCausalLM:
 
 
 def for_sampling(model: M1ForCausalLM) -> M1ForCausalLM:
-    """Lay out a model that nobody else uses for the device it is on."""
+    """Lay out a model that nobody else uses for sampling, and for the device it is on."""
+    merge_projections(model)
     if can_pack(model.model.embed_tokens.weight):
         pack_linears(model)
     return model
@@ -46,12 +49,7 @@ def copy_weights(source: Iterable[tuple[str, Tensor]], target: M1ForCausalLM) ->
     Raises ValueError for an unknown name, another shape, or a weight that `source` leaves out; a tied one may come under
     either of its names.
     """
-    places: dict[str, tuple[torch.Size, Callable[[Tensor], object]]] = {}
-    for name, parameter in target.named_parameters(remove_duplicate=False):
-        places[name] = (parameter.shape, parameter.copy_)
-    for name, module in target.named_modules():
-        if isinstance(module, PackedLinear):
-            places[f"{name}.weight"] = (module.shape, module.load)
+    places = _places(target)
     twins = dict(zip(TIED, reversed(TIED), strict=True)) if target.config.tie_word_embeddings else {}
     missing = set(places)
     for name, tensor in source:
@@ -65,3 +63,24 @@ def copy_weights(source: Iterable[tuple[str, Tensor]], target: M1ForCausalLM) ->
             missing.discard(place)
     if missing:
         raise ValueError(f"update_weights: {len(missing)} parameters were not given, such as {min(missing)!r}")
+
+
+def _places(target: M1ForCausalLM) -> dict[str, tuple[torch.Size, Callable[[Tensor], object]]]:
+    """Of every weight, by its name in a plain model: its shape, and what takes over a new value."""
+    places: dict[str, tuple[torch.Size, Callable[[Tensor], object]]] = {}
+    for name, parameter in target.named_parameters(remove_duplicate=False):
+        places[name] = (parameter.shape, parameter.copy_)
+    modules = dict(target.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, PackedLinear):
+            places[f"{name}.weight"] = (module.shape, module.load)
+    for name, module in modules.items():
+        if isinstance(module, MergedLinear):
+            parent = name.rpartition(".")[0]
+            del places[f"{name}.linear.weight"]
+            has_bias = places.pop(f"{name}.linear.bias", None) is not None
+            for part, (own, size) in enumerate(zip(module.names, module.sizes, strict=True)):
+                places[f"{parent}.{own}.weight"] = (torch.Size((size, module.in_features)), partial(module.load, part))
+                if has_bias:
+                    places[f"{parent}.{own}.bias"] = (torch.Size((size,)), partial(module.load_bias, part))
+    return places
