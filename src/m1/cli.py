@@ -17,6 +17,7 @@ RUNNERS = {
     "convert": "m1.conversion.convert",
     "sample": "m1.sample",
     "align": "m1.training.align",
+    "select": "m1.training.select",
     "distill": "m1.training.distill",
     "sft": "m1.training.sft",
     "grpo": "m1.training.grpo",

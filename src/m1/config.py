@@ -28,8 +28,9 @@ class ConvertConfig:
     """Model directory, hub name, or GGUF file to convert."""
     out: str = ""
     """Directory to write."""
-    attention_layers: list[int] | None = None
-    """Layers that stay attention, by number from 0. Overrides attention_fraction."""
+    attention_layers: list[int] | str | None = None
+    """Layers that stay attention, by number from 0, or a file with such a list that `m1 select` wrote. Overrides
+    attention_fraction."""
     attention_fraction: float = 0.25
     """Share of the layers that stay attention, evenly spaced; 0 keeps none, 1 converts none."""
     mixer: MixerName = "mamba1"
@@ -172,6 +173,42 @@ class AlignConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
+class SelectConfig:
+    """Choose which layers become attention again: greedily, by the KL that restoring a layer removes on held-out tokens."""
+
+    model: str = ""
+    """Aligned hybrid, best with every layer a mixer: a directory that `m1 align` wrote."""
+    teacher: str = ""
+    """The Transformer that it was converted from; its attention is what is restored."""
+    out: str = ""
+    """Directory to write: selection.json, a plot, and the hybrid with the chosen layers restored. Run again to resume."""
+    data: list[str] = field(default_factory=list)
+    """Held-out data that neither trains nor tests: files, directories of `m1 sample`, `datasets` names, or gym:NAME."""
+    num_problems: int = 1000
+    """How many problems to draw from each reasoning-gym generator."""
+    keep: int | None = None
+    """How many layers are attention at the end; attention_fraction of them unless given."""
+    attention_fraction: float = 0.25
+    """Share of the layers that are attention at the end."""
+    tokens: int = 200000
+    """How many target tokens of the data are measured on."""
+    tokens_per_batch: int = 8192
+    """Packed tokens in one forward."""
+    max_length: int = 2048
+    """Longest document, in tokens; longer ones are cut."""
+    suffix: str = PROBLEM_SUFFIX
+    """Added to the problem in rows with problem and answer; empty for none."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of the measurement."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the written model's weights."""
+    device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
+    seed: int = 0
+    """Seed of generated problems."""
+
+
+@dataclass(kw_only=True)
 class DistillConfig(TrainConfig):
     """Train the hybrid to predict what the teacher predicts (KL on completion tokens)."""
 
@@ -292,6 +329,7 @@ COMMANDS: dict[str, type] = {
     "convert": ConvertConfig,
     "sample": SampleConfig,
     "align": AlignConfig,
+    "select": SelectConfig,
     "distill": DistillConfig,
     "sft": SFTConfig,
     "grpo": GRPOConfig,

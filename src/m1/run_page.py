@@ -10,11 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from m1.evaluation.report import Report, line_plot
-from m1.storage import read_run_record
+from m1.storage import RUN_CONFIG, read_run_record
 from m1.training.metrics import Record, read_metrics
 
 METRICS = "metrics.jsonl"
-_RUN_CONFIG = "run.json"
 # Steps drawn as they are; where there are more, the mean over windows of them is drawn, and the page says how many.
 MOST_POINTS = 200
 
@@ -89,7 +88,7 @@ def write_run_page(directory: Path, page: Path) -> None:
     records = read_metrics(directory / METRICS)
     if not records:
         raise ValueError(f"{directory / METRICS} is empty: the run has not done a step yet")
-    begun = _read_json(directory / _RUN_CONFIG)
+    begun = _read_json(directory / RUN_CONFIG)
     finished = read_run_record(directory)
     command, config = begun.get("command", "training"), begun.get("config", {})
     report = Report(f"m1 {command}: {directory.name}")

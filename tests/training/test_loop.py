@@ -341,7 +341,7 @@ def test_a_failed_export_leaves_nothing_that_looks_like_a_model(tmp_path, monkey
     monkeypatch.setattr("m1.training.run_directory.write_run_record", write_run_record)
     with pytest.raises(OSError, match="disk"):
         directory.export(tiny.model())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.json"]
     assert not directory.is_finished
 
 

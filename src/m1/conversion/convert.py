@@ -6,7 +6,9 @@ Where bases come from stands in bases.py, which tensor goes where in weights.py,
 import copy
 import dataclasses
 import itertools
+import json
 import math
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +45,27 @@ def choose_attention_layers(num_layers: int, fraction: float) -> list[int]:
     count = max(1, math.floor(num_layers * fraction + 0.5))
     first, last = num_layers // count - 1, num_layers - 1
     return [first + math.ceil(i * (last - first) / max(1, count - 1)) for i in range(count)]
+
+
+def read_layers(given: Sequence[int] | str | None) -> list[int] | None:
+    """A list of layers, from the list itself or from a JSON or TOML file with `attention_layers`, as `m1 select` writes it.
+
+    Raises FileNotFoundError for a missing file, ValueError naming it if there is no such list in it.
+    """
+    if not isinstance(given, str):
+        return list(given) if given is not None else None
+    path = Path(given)
+    if not path.is_file():
+        raise FileNotFoundError(f"--attention-layers {given}: no such file; give numbers, or a file that `m1 select` wrote")
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a list of layers: {error}") from error
+    layers = found.get("attention_layers") if isinstance(found, dict) else found
+    if not isinstance(layers, list) or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise ValueError(f"{path}: expected attention_layers, a list of layer numbers, as `m1 select` writes it")
+    return layers
 
 
 def convert(
@@ -143,6 +166,8 @@ def count_parameters(config: M1Config) -> int:
 def run(config: ConvertConfig) -> None:
     """The command: says what it will do, checks that there is room, converts, and writes the hybrid's directory."""
     require(config, "base", "out")
+    layers = read_layers(config.attention_layers)
+    config = dataclasses.replace(config, attention_layers=layers)
     _require_improved(config.start, bool(config.calibration))
     if Path(config.base).exists() and Path(config.base).resolve() == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} is the base itself; give another directory")
@@ -150,7 +175,7 @@ def run(config: ConvertConfig) -> None:
         source = open_source(config.base)
         is_gguf = isinstance(source, gguf.GgufFile)
         base_config = load_config(source) if isinstance(source, str) else M1Config.from_base(gguf.read_config(source))
-        hybrid = hybrid_config(base_config, config.attention_layers, config.attention_fraction, config.mixer, config.start)
+        hybrid = hybrid_config(base_config, layers, config.attention_fraction, config.mixer, config.start)
         texts = list(itertools.islice(read_texts(config.calibration), config.calibration_tokens))  # a row is a token or more
         _announce(config, hybrid)
         model, tokenizer, fits = _convert_for(config, source, texts, len(hybrid.mixer_layers))
@@ -202,7 +227,7 @@ def _convert_for(
 
         model: Any = convert(
             base.to(choose_device(config.device)),
-            attention_layers=config.attention_layers,
+            attention_layers=read_layers(config.attention_layers),
             attention_fraction=config.attention_fraction,
             mixer=config.mixer,
             start=config.start,

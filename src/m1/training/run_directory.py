@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from m1.config import TrainConfig
+from m1.config import SelectConfig, TrainConfig
 from m1.modeling import M1ForCausalLM
-from m1.storage import RUN_RECORD, new_directory, require_disk, write_json, write_run_record
+from m1.storage import RUN_RECORD, begin_run, new_directory, require_disk, require_same_run, write_json, write_run_record
 from m1.training.distributed import barrier, is_first, on_first
 from m1.training.sharding import full
 
-RUN_CONFIG = "run.json"
 MODEL_CONFIG = "config.json"
 # What may change between the start of a run and its resumption: none of it changes the result.
 _FREE_TO_CHANGE = (
@@ -37,17 +36,11 @@ class RunDirectory:
     directory with something else in it, ValueError naming the keys in which a run there differs from `config`.
     """
 
-    def __init__(self, command: str, config: TrainConfig) -> None:
+    def __init__(self, command: str, config: TrainConfig | SelectConfig) -> None:
         self.path, self.command, self.config = Path(config.out), command, config
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path} is a file; give another --out")
-        self.is_begun = (self.path / RUN_CONFIG).is_file()
-        if self.is_begun:
-            self._require_same_run()
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists and holds no run of `m1 {command}`; give another --out")
+        require_same_run(self.path, command, _plain(config), free_to_change=_FREE_TO_CHANGE)
 
     @property
     def is_finished(self) -> bool:
@@ -57,13 +50,7 @@ class RunDirectory:
         """Make the directory, or go on with the one that is there. The tokenizer goes along with every export."""
         self.tokenizer = tokenizer
         barrier()  # not before every rank has looked at what was there
-        on_first(self._create)
-        self.is_begun = True
-
-    def _create(self) -> None:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not self.is_begun:
-            write_json(self.path / RUN_CONFIG, {"command": self.command, "config": _plain(self.config)})
+        on_first(lambda: begin_run(self.path, self.command, _plain(self.config)))
 
     def export(self, model: M1ForCausalLM, **facts: Any) -> None:
         """Turn the directory into a Hugging Face model: weights in the config's dtype, tokenizer, and `m1_run.json`.
@@ -104,19 +91,7 @@ class RunDirectory:
             file.replace(self.path / file.name)
         export.rmdir()
 
-    def _require_same_run(self) -> None:
-        begun = json.loads((self.path / RUN_CONFIG).read_text(encoding="utf-8"))
-        if begun["command"] != self.command:
-            raise ValueError(f"{self.path} is a run of `m1 {begun['command']}`, not of `m1 {self.command}`; give another --out")
-        before, now = begun["config"], _plain(self.config)
-        for key in sorted((before.keys() | now.keys()) - set(_FREE_TO_CHANGE)):
-            if before.get(key) != now.get(key):
-                raise ValueError(
-                    f"{self.path} was begun with {key} = {before.get(key)!r}, not {now.get(key)!r}: "
-                    "give the same to go on, or another --out to start anew"
-                )
 
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
+def _plain(config: TrainConfig | SelectConfig) -> dict[str, Any]:
     """The config as it is after it was written as JSON and read."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
