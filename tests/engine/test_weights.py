@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m1.engine import SamplingParams
-from m1.engine.merging import MergedMLP
+from m1.engine.merging import MergedAttention, MergedMLP
 from m1.engine.packing import PackedLinear, can_pack
 from m1.modeling import M1ForCausalLM
 from tests.engine.models import random_prompts, tiny_engine, tiny_model
@@ -93,12 +93,16 @@ def test_merged_projections_are_the_plain_ones(dtype):
     model = tiny_model(mlp_bias=True, attention_bias=True)
     engine = tiny_engine(model, dtype=dtype)
     assert isinstance(engine.model.model.layers[0].mlp, MergedMLP)
+    assert isinstance(engine.model.model.layers[1].self_attn, MergedAttention)
     for _ in range(2):
         plain = copy.deepcopy(model).to(dtype)
         x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
         with torch.no_grad():
             for mine, other in zip(engine.model.model.layers, plain.model.layers, strict=True):
                 assert rel_rms(mine.mlp(x), other.mlp(x)) < REL_RMS[dtype]
+                if not mine.is_mixer:
+                    for part, own in zip(mine.self_attn.project(x), other.self_attn.project(x), strict=True):
+                        assert rel_rms(part, own) < REL_RMS[dtype]
         train(model)
         with torch.no_grad():
             assert rel_rms(mine.mlp(x), copy.deepcopy(model).to(dtype).model.layers[-1].mlp(x)) > REL_RMS[dtype]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m1.kernels import swiglu
+from m1.modeling.attention import Attention
 from m1.modeling.hybrid import MLP, HybridBlock, M1ForCausalLM
 
 
@@ -62,7 +63,25 @@ class MergedMLP(nn.Module):
         return self.down_proj(swiglu(*self.gate_up_proj(x)))
 
 
+class MergedAttention(Attention):
+    """`Attention` with one product for q, k and v. Takes over all that `attention` has."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        names = ("q_proj", "k_proj", "v_proj")
+        self.qkv_proj = MergedLinear(names, [getattr(attention, name) for name in names])
+        for name, value in (*vars(attention).items(), *attention.named_children()):
+            if not name.startswith("_") and name not in (*names, "training"):
+                setattr(self, name, value)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv_proj(x)
+
+
 def merge_projections(model: M1ForCausalLM) -> None:
     """Merge what can be merged, layer by layer, so that few weights are held twice at a time."""
     for block in cast("list[HybridBlock]", model.model.layers):
         setattr(block, "mlp", MergedMLP(block.mlp))  # noqa: B010  (of another class, on purpose)
+        if not block.is_mixer:
+            block.self_attn = MergedAttention(block.self_attn)
+    model.train(model.training)  # also what is new

@@ -46,9 +46,8 @@ class Attention(nn.Module):
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]. With a state, the new keys and values are written to it first."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, H, K]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, G, K]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, G, K]
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.project(x))  # [T, H, K], [T, G, K], [T, G, K]
+        q, k = self.q_norm(q), self.k_norm(k)
         if state is not None and layout.has_context:
             return self.o_proj(self._attend_cached(q, k, v, layout, rotary, state).flatten(-2))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
@@ -60,6 +59,10 @@ class Attention(nn.Module):
             q, k, v, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, scale=self.scale, window=self.window
         )
         return self.o_proj(attended.flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, hidden] -> q [T, H·K], k [T, G·K], v [T, G·K]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState
