@@ -18,7 +18,7 @@ def write_run(directory, records, *, config=None, torn=""):
 
 
 def page_of(directory):
-    run(ReportConfig(directory=str(directory)))
+    run(ReportConfig(directories=[str(directory)]))
     return (directory / "report.html").read_text()
 
 
@@ -57,16 +57,16 @@ def test_numbers_that_json_could_not_hold_leave_gaps(tmp_path):
 
 def test_another_place_for_the_page(tmp_path):
     directory = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    run(ReportConfig(directory=str(directory), out=str(tmp_path / "page.html")))
+    run(ReportConfig(directories=[str(directory)], out=str(tmp_path / "page.html")))
     assert (tmp_path / "page.html").exists()
     assert not (directory / "report.html").exists()
 
 
 def test_what_is_no_run_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
-        run(ReportConfig(directory=str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match=r"expected a training run's directory"):
-        run(ReportConfig(directory=str(tmp_path)))
+        run(ReportConfig(directories=[str(tmp_path / "nowhere")]))
+    with pytest.raises(ValueError, match="expected an evaluation's or a training run's"):
+        run(ReportConfig(directories=[str(tmp_path)]))
     with pytest.raises(ValueError, match="has not done a step yet"):
         page_of(write_run(tmp_path / "empty", []))
     with pytest.raises(ValueError, match="line 2: not a record of metrics"):

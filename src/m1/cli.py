@@ -23,9 +23,12 @@ RUNNERS = {
     "grpo": "m1.training.grpo",
     "solve": "m1.solve",
     "report": "m1.report",
+    "eval": "m1.evaluate",
 }
-# The field that a first word without a dash gives, so that `m1 solve "2 + 2 =?"` and `m1 report runs/x` do.
-FIRST_WORD = {"solve": "problem", "report": "directory"}
+# The field that a first word without a dash gives, so that `m1 solve "2 + 2 =?"` and `m1 eval models/x` do.
+FIRST_WORD = {"solve": "problem", "eval": "model"}
+# The field that all first words without a dash give, so that `m1 report runs/x runs/y` does.
+FIRST_WORDS = {"report": "directories"}
 
 USAGE = """\
 usage: m1 COMMAND [RECIPE.toml] [--option value …]
@@ -57,6 +60,10 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     elif command in FIRST_WORD and rest and (not rest[0].startswith("-") or rest[0] == "-"):
         values = {FIRST_WORD[command]: rest[0]}
         rest = rest[1:]
+    elif command in FIRST_WORDS and rest and not rest[0].startswith("-"):
+        num_words = next((index for index, word in enumerate(rest) if word.startswith("-")), len(rest))
+        values = {FIRST_WORDS[command]: rest[:num_words]}
+        rest = rest[num_words:]
     default = build(command, values, source)
     import tyro  # here, because it takes a quarter of a second that `m1 --help` need not wait for
 

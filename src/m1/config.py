@@ -273,39 +273,86 @@ class GRPOConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class SolveConfig:
-    """Sample many solutions of a problem and vote."""
+class SamplingConfig:
+    """What every command has that samples a model: which model, by what, and how."""
 
-    problem: str = ""
-    """The problem, in words; - reads it from standard input."""
     model: str = ""
-    """Model directory or hub name, hybrid or Transformer."""
-    samples: int = 16
-    """How many solutions to sample."""
+    """Model directory or hub name, hybrid or Transformer; with --url, the name that the server knows."""
+    backend: Literal["engine", "transformers", "vllm", "server"] = "engine"
+    """What samples: M1's engine, transformers' generate (slow), vLLM if it is installed, or a server at --url."""
+    url: str = ""
+    """Address of a server that speaks OpenAI's protocol, http://HOST:PORT/v1; the key is taken from OPENAI_API_KEY."""
+    concurrency: int = 0
+    """Samples that run at once; 0: as many as the backend finds good. Under a time budget, fewer finish sooner."""
+    logprobs: bool = True
+    """Ask a server for log-probs; only votes weighted by them need these."""
+    samples: int = 0
+    """Solutions to sample for a problem; 0: the command's default, or as many as a budget has room for."""
     temperature: float = 0.7
     """Sampling temperature."""
     top_p: float = 1.0
     """Nucleus sampling: the smallest set of tokens with this probability."""
-    max_new_tokens: int = 1024
-    """Longest solution."""
-    suffix: str = PROBLEM_SUFFIX
-    """Added to the problem; empty for none."""
+    adaptive: float = 0.0
+    """Stop when the vote is decided with this probability (0.95, say; 1: only when it can't be overtaken); 0: never."""
     device: DeviceName = "auto"
     """auto: the GPU if there is one."""
     seed: int = 0
     """Seed of the sampling."""
+
+
+@dataclass(kw_only=True)
+class SolveConfig(SamplingConfig):
+    """Sample many solutions of a problem and vote."""
+
+    problem: str = ""
+    """The problem, in words; - reads it from standard input."""
+    seconds: float = 0.0
+    """Sample for so many seconds, then vote on what has finished; 0: no limit."""
+    tokens: int = 0
+    """Sample until so many tokens are generated, then vote on what has finished; 0: no limit."""
+    vote: str = "majority"
+    """majority; logprob or tail: weighted by the mean log-prob of all or of the last tokens; MODULE:FUNCTION: by a verifier's
+    score of (problem, solution). best-logprob, best-tail, best-MODULE:FUNCTION: the best sample alone decides."""
+    max_new_tokens: int = 1024
+    """Longest solution."""
+    suffix: str = PROBLEM_SUFFIX
+    """Added to the problem; empty for none."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 @dataclass(kw_only=True)
 class ReportConfig:
-    """Plot what a run did: one HTML page of a training run's metrics."""
+    """Plot what a run did: one HTML page of a training run's metrics, or of one or more evaluations, compared."""
 
-    directory: str = ""
-    """The run's directory, that --out named; also as the first word: m1 report runs/x."""
+    directories: list[str] = field(default_factory=list)
+    """What --out named: a training run, or evaluations; also as the first words: m1 report runs/x runs/y."""
     out: str = ""
-    """The page to write; report.html in the directory unless given."""
+    """The page to write; report.html in the (first) directory unless given."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig(SamplingConfig):
+    """Measure a model on benchmarks: pass@k, votes, lengths; every completion is recorded. Run again to go on after a kill."""
+
+    tasks: str = "math500"
+    """Benchmarks, with commas: math500, aime24, aime25, amc23, olympiadbench, gsm8k, …, JSON-lines files, gym:GENERATOR."""
+    out: str = ""
+    """Directory for records and results; runs/eval/ and the model's name unless given."""
+    data_dir: str = ""
+    """Directory with the benchmarks as JSON lines, instead of downloading them."""
+    limit: int = 0
+    """Only the first so many problems of each benchmark; 0: all."""
+    time_budgets: str = ""
+    """Seconds, with commas: sample each problem alone for the longest, and report the vote at each: 1,2,5,10."""
+    token_budgets: str = ""
+    """The same for generated tokens: 1000,4000,16000."""
+    max_new_tokens: int = 32768
+    """Longest solution; the model's own limit if that is less."""
+    suffix: str | None = None
+    """Added to each problem; the benchmark's own (the M1 paper's) unless given; empty for none."""
+    overwrite: bool = False
+    """Start anew even if the output directory holds records."""
 
 
 @dataclass(kw_only=True)
@@ -335,6 +382,7 @@ COMMANDS: dict[str, type] = {
     "grpo": GRPOConfig,
     "solve": SolveConfig,
     "report": ReportConfig,
+    "eval": EvalConfig,
 }
 
 

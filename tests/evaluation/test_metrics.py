@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from m1.evaluation.metrics import (
+    best_of_k,
     can_enumerate,
     majority_at_k,
     majority_at_k_by_subsampling,
@@ -139,3 +140,37 @@ def test_standard_errors_are_the_spread_of_repeated_benchmarks():
     spread = np.std([a.mean for a in over_samples])
     assert np.mean([a.sampling_error for a in over_samples]) == pytest.approx(spread, rel=0.15)
     assert spread < 0.5 * np.mean([a.standard_error for a in over_samples])
+
+
+def enumerate_best(is_correct, k):
+    subsets = list(itertools.combinations(range(len(is_correct)), k))
+    return sum(is_correct[min(subset)] for subset in subsets) / len(subsets)
+
+
+def test_best_of_k_against_enumeration():
+    generator = random.Random(2)
+    for _ in range(60):
+        is_correct = [generator.random() < 0.4 for _ in range(generator.randint(1, 9))]
+        for k in range(1, len(is_correct) + 1):
+            assert best_of_k(is_correct, k) == pytest.approx(enumerate_best(is_correct, k), abs=EXACT)
+    with pytest.raises(ValueError, match="k must be between"):
+        best_of_k([True], 2)
+
+
+def test_weighted_subsampling_against_enumeration():
+    """Weights that never tie, so that every subset has one winner."""
+    generator = random.Random(4)
+    for seed in range(4):
+        labels = [generator.randint(-1, 3) for _ in range(9)]
+        is_correct = [generator.random() < 0.5 for _ in range(4)]
+        weights = [generator.random() for _ in labels]
+        k = generator.randint(2, 6)
+        right = []
+        for subset in itertools.combinations(range(9), k):
+            totals = {
+                label: sum(weights[i] for i in subset if labels[i] == label) for label in {labels[i] for i in subset} - {-1}
+            }
+            right.append(bool(totals) and is_correct[max(totals, key=totals.get)])
+        exact = sum(right) / len(right)
+        estimate = majority_at_k_by_subsampling(labels, is_correct, k, repeats=4000, seed=seed, weights=weights)
+        assert estimate == pytest.approx(exact, abs=4 * math.sqrt(max(exact * (1 - exact), 1e-3) / 4000))

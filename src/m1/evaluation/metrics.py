@@ -118,21 +118,42 @@ def majority_at_k_by_subsampling(
     voting weights, 1 by default. Ties go to the answer drawn first, as in `reasoning.voting`. The same seed gives the same
     subsets. For unweighted votes `majority_at_k` gives the expectation of this without its noise.
     """
-    labels_array, weights_array = np.asarray(labels), np.ones(len(labels)) if weights is None else np.asarray(weights, float)
+    names, own_weights = np.asarray(labels), np.ones(len(labels)) if weights is None else np.asarray(weights, float)
     _require_counts(len(labels), 0, k)
-    if weights_array.shape != labels_array.shape or (weights_array < 0).any():
-        raise ValueError(f"weights must be {len(labels)} numbers of at least 0, got shape {weights_array.shape}")
-    generator = np.random.default_rng(seed)
-    num_right = 0
-    for _ in range(repeats):
-        drawn = generator.permutation(len(labels))[:k]
-        drawn = drawn[labels_array[drawn] >= 0]
-        if len(drawn):
-            answers, first, group = np.unique(labels_array[drawn], return_index=True, return_inverse=True)
-            totals = np.bincount(group, weights_array[drawn])
-            sizes = np.bincount(group)
-            num_right += is_correct[answers[np.lexsort((first, -sizes, -totals))[0]]]
-    return num_right / repeats
+    if own_weights.shape != names.shape or not (own_weights >= 0).all():
+        raise ValueError(f"weights must be {len(labels)} numbers of at least 0, got shape {own_weights.shape}")
+    num_groups = int(names.max(initial=-1)) + 1
+    if num_groups == 0:
+        return 0.0
+    order = np.tile(np.arange(len(names)), (repeats, 1))
+    drawn = np.random.default_rng(seed).permuted(order, axis=1)[:, :k]  # [repeats, k]
+    subset, place = np.nonzero(names[drawn] >= 0)
+    ballots = (subset, names[drawn[subset, place]])
+    totals, sizes, first = np.zeros((3, repeats, num_groups))
+    first += k
+    np.add.at(totals, ballots, own_weights[drawn[subset, place]])
+    np.add.at(sizes, ballots, 1)
+    np.minimum.at(first, ballots, place)
+    # A group without votes must not win by an equal total of zero: its size, the second key, loses.
+    winners = np.lexsort((first, -sizes, -totals), axis=-1)[:, 0]
+    is_right = np.asarray(is_correct, bool)[winners] & (sizes[np.arange(repeats), winners] > 0)
+    return float(is_right.mean())
+
+
+def best_of_k(is_correct: Sequence[bool], k: int) -> float:
+    """Exact probability that the best of k samples, drawn without replacement, is correct; `is_correct` is from best to worst.
+
+    Sample j (from 0) is the best of a subset if it is drawn and none before it is: k / (n - j) times the product over i < j
+    of (1 - k / (n - i)). Raises ValueError unless 1 <= k <= n.
+    """
+    num_samples = len(is_correct)
+    _require_counts(num_samples, 0, k)
+    total, none_before = 0.0, 1.0
+    for place, correct in enumerate(is_correct[: num_samples - k + 1]):
+        share = k / (num_samples - place)
+        total += none_before * share * bool(correct)
+        none_before *= 1 - share
+    return total
 
 
 def _require_counts(num_samples: int, num_correct: int, k: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no screen is needed, or there
 
@@ -90,6 +91,39 @@ def line_plot(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a `curve_plot`; the same `color` number is the same colour, `band` its half-width around y."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int = 0
+    dashed: bool = False
+    band: Sequence[float] | None = None
+
+
+def curve_plot(curves: Sequence[Curve], *, x_label: str, y_label: str) -> Figure:
+    """Shares against something that doubles: a logarithmic x axis, per cent on y, bands for standard errors."""
+    figure = Figure(figsize=(6.4, 3.6))
+    axes = figure.add_subplot()
+    for curve in curves:
+        color, y = f"C{curve.color}", np.asarray(curve.y)
+        axes.plot(curve.x, y, "--" if curve.dashed else "-", label=curve.name, color=color, marker="o", markersize=3)
+        if curve.band is not None:
+            band = np.asarray(curve.band)
+            axes.fill_between(curve.x, y - band, y + band, color=color, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 

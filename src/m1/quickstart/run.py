@@ -24,7 +24,8 @@ from m1.config import QuickstartConfig
 from m1.conversion.convert import convert, import_base
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
-from m1.evaluation.runner import evaluate, read_records
+from m1.evaluation.records import read_records
+from m1.evaluation.runner import evaluate
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
 from m1.quickstart.findings import Findings, accuracy_line, describe_device, summary_table, without_directory
@@ -196,7 +197,6 @@ class Quickstart:
                 params=params,
                 records_path=path,
                 to_prompt=to_prompt,
-                batch_size=len(self.heldout),
             )
             summary["tokens_per_second"] = engine.metrics.tokens_per_second
         self.findings.accuracy.setdefault(name, {})[stage] = summary

@@ -1,0 +1,146 @@
+"""From a command's options to a model that can be sampled: loads it, or finds its server, and says what it is."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m1.config import SamplingConfig, require
+from m1.evaluation.sampling import Generate, Prompt, SampleRequest, Watch
+
+_FINGERPRINT_BYTES = 1 << 20  # read from either end of each weights file
+_DEFAULT_CONCURRENCY = {"transformers": 16, "server": 16, "vllm": 256}
+
+
+@dataclass
+class Backend:
+    """A model that is ready: its `generate`, one line about it for a person, and facts for the record.
+
+    identity: what makes results of this model comparable with others of it: its name and a fingerprint of its weights, or
+    its address. is_chat: whether prompts should be chat messages (else text). concurrency: samples that run at once.
+    """
+
+    generate: Generate
+    description: str
+    identity: dict[str, Any]
+    is_chat: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+    concurrency: int = 0
+
+    def prompt(self, text: str) -> Prompt:
+        """`text` as the model wants it: a user's message, or plain text for a model without chat template."""
+        return [{"role": "user", "content": text}] if self.is_chat else text
+
+    def warm_up(self, prompt: Prompt, max_tokens: int, temperature: float) -> None:
+        """Sample a few tokens at full width, so that compilation and first allocations are not timed."""
+        params = {"temperature": temperature, "max_tokens": max_tokens, "seed": 0}
+        self.generate([SampleRequest(prompt, self.concurrency if temperature > 0 else 1, params)], Watch())
+
+
+def open_backend(config: SamplingConfig) -> Backend:
+    """The model that `config` names, loaded. Raises ValueError or OSError for what can't be had, naming the option."""
+    require(config, "model")
+    if config.concurrency < 0:
+        raise ValueError(f"--concurrency: expected at least 0, got {config.concurrency}")
+    if config.url and config.backend not in ("engine", "server"):
+        raise ValueError(f"--url: a server has its own backend; leave out --backend {config.backend}")
+    if config.url or config.backend == "server":
+        return _open_server(config)
+    opened = {"engine": _open_engine, "transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
+    opened.identity = {"model": config.model, "backend": config.backend, "weights": fingerprint(config.model)}
+    return opened
+
+
+def fingerprint(model: str) -> str | None:
+    """A hash of a model directory's config and of both ends of its weights files; None for a hub name."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, path.stat().st_size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _open_engine(config: SamplingConfig) -> Backend:
+    from m1.backends.engine import engine_backend
+    from m1.engine.llm import Engine
+    from m1.modeling.loading import choose_device, inference_dtype, load_tokenizer
+
+    device = choose_device(config.device)
+    dtype = inference_dtype(device)
+    tokenizer = load_tokenizer(config.model)
+    engine = Engine(config.model, tokenizer, dtype=dtype, device=device, max_num_seqs=config.concurrency or None)
+    layers = engine.model.config
+    capacity = engine.capacity
+    return Backend(
+        generate=engine_backend(engine),
+        description=(
+            f"{config.model}: {len(layers.mixer_layers)} mixer and {len(layers.attention_layers)} attention layers on {device} "
+            f"in {str(dtype).removeprefix('torch.')}, up to {capacity.max_num_seqs} samples at once"
+        ),
+        identity={},
+        is_chat=bool(tokenizer.chat_template),
+        facts={
+            "dtype": str(dtype).removeprefix("torch."),
+            "mixer_layers": len(layers.mixer_layers),
+            "attention_layers": len(layers.attention_layers),
+            "max_num_seqs": capacity.max_num_seqs,
+            "max_model_len": capacity.max_model_len,
+        },
+        concurrency=capacity.max_num_seqs,
+    )
+
+
+def _open_transformers(config: SamplingConfig) -> Backend:
+    from transformers import AutoModelForCausalLM
+
+    import m1.modeling  # noqa: F401  # makes the architecture known to transformers
+    from m1.backends.transformers import transformers_backend
+    from m1.modeling.loading import choose_device, inference_dtype, load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)  # first: it says clearly when there is no such model
+    device = choose_device(config.device)
+    dtype = inference_dtype(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True)
+    model = model.to(device).eval()
+    concurrency = config.concurrency or _DEFAULT_CONCURRENCY["transformers"]
+    return Backend(
+        generate=transformers_backend(model, tokenizer, concurrency=concurrency),
+        description=f"{config.model}: {type(model).__name__} under transformers' generate on {device}, {concurrency} at once",
+        identity={},
+        is_chat=bool(tokenizer.chat_template),
+        facts={"dtype": str(dtype).removeprefix("torch."), "class": type(model).__name__},
+        concurrency=concurrency,
+    )
+
+
+def _open_vllm(config: SamplingConfig) -> Backend:
+    from m1.backends.vllm import open_vllm, vllm_backend
+
+    concurrency = config.concurrency or _DEFAULT_CONCURRENCY["vllm"]
+    llm = open_vllm(config.model, concurrency=concurrency, seed=config.seed)
+    return Backend(
+        generate=vllm_backend(llm, concurrency=concurrency),
+        description=f"{config.model} in vLLM, up to {concurrency} samples at once",
+        identity={},
+        is_chat=bool(llm.get_tokenizer().chat_template),
+        concurrency=concurrency,
+    )
+
+
+def _open_server(config: SamplingConfig) -> Backend:
+    from m1.backends.server import server_backend
+
+    require(config, "url")
+    concurrency = config.concurrency or _DEFAULT_CONCURRENCY["server"]
+    return Backend(
+        generate=server_backend(config.url, config.model, concurrency=concurrency, logprobs=config.logprobs),
+        description=f"{config.model} at {config.url}, {concurrency} requests at once",
+        identity={"model": config.model, "backend": "server", "url": config.url},
+        concurrency=concurrency,
+    )

@@ -1,0 +1,151 @@
+"""Sampling until a budget is used up or a vote is decided, and what voting was worth at every budget of a recorded run.
+
+A budget is wall-clock seconds or generated tokens. Time is measured here, never computed from a throughput.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from m1.evaluation.sampling import Generate, Sample, SampleRequest, Watch
+from m1.evaluation.summary import correct_labels
+from m1.reasoning.answers import extract_answer
+from m1.reasoning.voting import AdaptiveVote
+
+MOST_SAMPLES = 4096
+"""Samples of one request: the engine's limit. A budget that has room for more is spent in rounds of so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a problem may cost: seconds of wall-clock, tokens generated (unfinished completions included), or both; None is
+    no limit. Raises ValueError for one that is not positive."""
+
+    seconds: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name}: expected more than 0, got {value}")
+
+    def __bool__(self) -> bool:
+        return self.seconds is not None or self.tokens is not None
+
+
+class SampleUntil(Watch):
+    """Collects the samples of one problem, in the order in which they finish, until the budget or the vote says stop.
+
+    The clock starts when this is made, and is read at least once a step of the sampler, so a run ends within a step of its
+    deadline. `ended_by` says why: "samples" (all there were), "seconds", "tokens", or the adaptive vote's reason.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        adaptive: AdaptiveVote | None = None,
+        *,
+        on_progress: Callable[["SampleUntil"], None] | None = None,
+    ) -> None:
+        self.budget, self.adaptive = budget or Budget(), adaptive
+        self.samples: list[Sample] = []
+        self.num_tokens = 0  # generated so far, those of unfinished completions included
+        self.ended_by = "samples"
+        self._on_progress = on_progress
+        self._rounds_tokens = 0
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def is_ended(self) -> bool:
+        return self.ended_by != "samples"
+
+    def on_sample(self, request: int, sample: Sample) -> bool:
+        spent = None if sample.tokens_spent is None else sample.tokens_spent + self._rounds_tokens
+        self.num_tokens = max(self.num_tokens, spent or 0)
+        self.samples.append(replace(sample, seconds=self.seconds, tokens_spent=spent))
+        if self._on_progress:
+            self._on_progress(self)
+        if self.adaptive is not None and self.adaptive.add(extract_answer(sample.text)):
+            self.ended_by = self.adaptive.reason or "complete"
+            return True
+        return False
+
+    def is_over(self, num_tokens: int) -> bool:
+        self.num_tokens = self._rounds_tokens + num_tokens
+        if self.budget.seconds is not None and self.seconds >= self.budget.seconds:
+            self.ended_by = "seconds"
+        elif self.budget.tokens is not None and self.num_tokens >= self.budget.tokens:
+            self.ended_by = "tokens"
+        return self.is_ended
+
+    def end_round(self) -> None:
+        self._rounds_tokens = self.num_tokens
+
+
+def sample_until(generate: Generate, request: SampleRequest, watch: SampleUntil) -> list[Sample]:
+    """Sample one prompt up to `request.n` times, until `watch` ends it: what had finished then, in order of finishing.
+
+    More than `MOST_SAMPLES` are drawn in rounds with seeds of their own.
+    """
+    seed = request.params.get("seed")
+    for start in range(0, request.n, MOST_SAMPLES):
+        params = request.params if seed is None or not start else {**request.params, "seed": seed + start}
+        num_before = len(watch.samples)
+        generate([SampleRequest(request.prompt, min(MOST_SAMPLES, request.n - start), params)], watch)
+        watch.samples[num_before:] = [replace(one, index=one.index + start) for one in watch.samples[num_before:]]
+        watch.end_round()
+        if watch.is_ended:
+            break
+    return watch.samples
+
+
+def accuracy_at_budgets(
+    records: Sequence[Mapping[str, Any]], budgets: Sequence[float], unit: str = "seconds"
+) -> list[dict[str, Any]]:
+    """What a vote was worth at each of `budgets`: for each problem, the majority of the samples that had finished by then.
+
+    unit: "seconds" or "tokens". The samples of a record stand in order of finishing, and ties go to the answer that came
+    first. A problem of which nothing had finished counts as wrong. Gives for each budget the `accuracy` with its
+    `standard_error` over problems, the `coverage` (share of problems with a correct sample), and `mean_samples` finished.
+    """
+    field = {"seconds": "seconds", "tokens": "tokens_spent"}[unit]
+    points: list[dict[str, Any]] = []
+    for budget in budgets:
+        finished = [[i for i, one in enumerate(record["samples"]) if one[field] <= budget] for record in records]
+        right = [_vote_is_right(record, indices) for record, indices in zip(records, finished)]
+        covered = [any(_labels_right(record)[i] for i in indices) for record, indices in zip(records, finished)]
+        error = float(np.std(right, ddof=1) / len(right) ** 0.5) if len(right) > 1 else None
+        points.append(
+            {
+                "budget": float(budget),
+                "accuracy": float(np.mean(right)),
+                "standard_error": error,
+                "coverage": float(np.mean(covered)),
+                "mean_samples": float(np.mean([len(indices) for indices in finished])),
+            }
+        )
+    return points
+
+
+def vote_is_right(record: Mapping[str, Any]) -> bool:
+    """Whether the majority of all of a problem's samples is right; ties go to the answer that stands first."""
+    return _vote_is_right(record, range(len(record["samples"])))
+
+
+def _vote_is_right(record: Mapping[str, Any], indices: Sequence[int]) -> bool:
+    labels = [record["labels"][index] for index in indices if record["labels"][index] >= 0]
+    return bool(labels) and correct_labels(record)[max(dict.fromkeys(labels), key=labels.count)]
+
+
+def _labels_right(record: Mapping[str, Any]) -> list[bool]:
+    """For each sample, whether the answer it gave is right."""
+    correct = correct_labels(record)
+    return [label >= 0 and correct[label] for label in record["labels"]]
