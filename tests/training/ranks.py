@@ -1,4 +1,5 @@
-"""Runs of every stage on one rank or on several processes that talk over gloo, as `torchrun` would start them."""
+"""Runs in processes of their own: of every stage on several ranks that talk over gloo, as `torchrun` would start them, and
+runs in a directory that are killed and resumed."""
 
 import json
 import multiprocessing
@@ -6,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ from safetensors.torch import load_file, save_file
 from m1.config import AlignConfig, DistillConfig, SFTConfig
 from m1.training.align import align
 from m1.training.distill import distill
-from m1.training.distributed import is_first, ranks
-from m1.training.sft import sft
+from m1.training.distributed import is_first
+from m1.training.distributed import ranks as process_group
+from m1.training.loop import train
+from m1.training.optimizer import select_trainable
+from m1.training.run_directory import RunDirectory
+from m1.training.sft import SFTStage, sft
 from m1.training.sharding import full_parameters, shard_model
 from tests.training import tiny
 
@@ -34,6 +40,15 @@ SIZES: dict[str, Any] = {
     "precision": "float32",
     "device": "cpu",
     "timeout": 60.0,
+}
+# A run in a directory: fast steps, a checkpoint at each.
+RUN: dict[str, Any] = {
+    **SIZES,
+    "steps": 20,
+    "tokens_per_step": 60,
+    "checkpoint_every": 1,
+    "dtype": "float32",
+    "frozen": ["norms"],
 }
 # name -> (stage, fields of its config, fields of the model)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -91,12 +106,27 @@ def read_case(name: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[
     return load_file(out / f"{name}.safetensors"), json.loads((out / f"{name}.json").read_text())
 
 
-def start_ranks(count: int, act: Callable[..., None], *arguments: Any, timeout: float = 60.0) -> list[Any]:
-    """Processes that call `act(*arguments)` within the process group of `count` ranks."""
+def run_sft(out: Path, fields: dict[str, Any], stage: type[SFTStage] = SFTStage) -> None:
+    """A run of `m1 sft` in `out`, begun or resumed, to the exported model."""
+    config = SFTConfig(out=str(out), **RUN | fields)
+    model = tiny.model()
+    select_trainable(model, config.frozen)
+    directory = RunDirectory("sft", config)
+    directory.create()
+    train(model, stage(model, tiny.documents(20), config), config, directory=directory, progress=False)
+    directory.export(model)
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def start_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True) -> list[Any]:
+    """Processes that call `act(*arguments)` as ranks of `torchrun`, in their process group if `has_group`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=_enter, args=(i, count, port, timeout, act, arguments)) for i in range(count)]
+    processes = [CONTEXT.Process(target=_enter, args=(i, count, port, has_group, act, arguments)) for i in range(count)]
     for process in processes:
         process.start()
     return processes
@@ -119,10 +149,11 @@ def join(processes: list[Any], timeout: float = 120.0) -> None:
             process.join()
 
 
-def _enter(number: int, count: int, port: int, timeout: float, act: Callable[..., None], arguments: tuple) -> None:
+def _enter(number: int, count: int, port: int, has_group: bool, act: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with ranks("cpu", timeout):
+    if count > 1:
+        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with process_group("cpu", 60.0) if has_group else nullcontext():
         act(*arguments)

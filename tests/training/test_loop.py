@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import warnings
 
 import pytest
 import torch
@@ -147,39 +144,6 @@ def test_interruption_saves_the_running_step(tmp_path, uninterrupted):
     assert signal.getsignal(signal.SIGINT) is handler
     assert_equal(run(tmp_path / "out"), uninterrupted[0])
     assert metrics(tmp_path / "out") == uninterrupted[1]
-
-
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-from pathlib import Path
-from m1.training import checkpoint_writer
-from tests.training.test_loop import run
-saved = []
-real = checkpoint_writer.save_file
-def save_file(tensors, path):
-    real(tensors, path)
-    saved.append(path)
-    if len(saved) == 2:
-        with open(path, "r+b") as file:
-            file.truncate(100)
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint_writer.save_file = save_file
-run(Path(sys.argv[1]))
-"""
-
-
-def test_resumed_after_a_kill_in_the_middle_of_a_save(tmp_path, uninterrupted):
-    out = tmp_path / "out"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(out)], env=environment, check=False)
-    assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-00000002"]
-    assert len(list((out / "checkpoints").iterdir())) == 2  # the half-written one is there, under another name
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_equal(run(out), uninterrupted[0])
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
-    assert metrics(out) == uninterrupted[1]
 
 
 def truncate(path):

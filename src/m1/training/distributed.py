@@ -45,7 +45,7 @@ def ranks(device_name: str, timeout: float) -> Iterator[torch.device]:
     except RuntimeError as error:
         if is_lost_rank(error):
             raise LostRankError(
-                f"rank {rank()}: another rank ended, or did not answer for {timeout:.0f} s ({str(error).splitlines()[0]}). The "
+                f"rank {rank()}: another rank ended, or did not answer for {timeout:.0f} s ({_first_sentence(error)}). The "
                 "newest checkpoint stands: start the same command again to go on from it"
             ) from error
         raise
@@ -57,6 +57,10 @@ def is_lost_rank(error: RuntimeError) -> bool:
     """Whether the error is a collective's that another rank left."""
     text = str(error).lower()
     return num_ranks() > 1 and (isinstance(error, dist.DistError) or any(sign in text for sign in _SIGNS_OF_A_LOST_RANK))
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    return str(error).splitlines()[0].split(". ")[0]
 
 
 def local_device(name: str) -> torch.device:

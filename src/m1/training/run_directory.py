@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from m1.config import SelectConfig, TrainConfig
 from m1.modeling import M1ForCausalLM
 from m1.storage import RUN_RECORD, begin_run, new_directory, require_disk, require_same_run, write_json, write_run_record
-from m1.training.distributed import barrier, is_first, on_first
-from m1.training.sharding import full
+from m1.training.distributed import barrier, is_distributed, is_first, on_first
+from m1.training.sharding import full_parameters
 
 MODEL_CONFIG = "config.json"
 # What may change between the start of a run and its resumption: none of it changes the result.
@@ -67,10 +67,9 @@ class RunDirectory:
     def _write_model(self, path: Path, model: M1ForCausalLM, facts: dict[str, Any]) -> None:
         dtype = getattr(torch, self.config.dtype)
         state = {}
-        for name, tensor in model.state_dict().items():
-            whole = full(tensor)
+        for name, weight in full_parameters(model):  # a tied weight once
             if is_first():  # a divided model may be larger than one device: gathered, it goes to main memory
-                state[name] = whole.to(dtype) if whole is tensor else whole.to("cpu", dtype)
+                state[name] = weight.to("cpu" if is_distributed() else weight.device, dtype)
 
         def write() -> None:
             require_disk(path.parent, sum(p.numel() * dtype.itemsize for p in model.parameters()), "the trained model")
