@@ -1,8 +1,12 @@
 """What a request may ask and what it gets: limits, stops, text, seeds, errors, aborts, streams, failures."""
 
 import asyncio
+import gc
+import time
+import weakref
 
 import pytest
+import torch
 
 from m1.engine import Engine, SamplingParams
 from tests.engine.models import EOS, VOCABULARY, assert_all_free, byte_tokenizer, random_prompts, tiny_engine, tiny_model
@@ -286,4 +290,55 @@ def test_sizes_that_contradict_or_do_not_fit_are_refused(model, monkeypatch):
     with pytest.raises(MemoryError, match="max_num_seqs"):
         tiny_engine(model, max_num_seqs=10**6, max_num_batched_tokens=2 * 10**6)
     assert tiny_engine(model, num_pages=10).capacity.max_model_len == 40
-    assert tiny_engine(model, memory_fraction=0.0075).capacity.max_model_len < 128  # rather a shorter limit than no engine
+    assert tiny_engine(model, memory_fraction=0.006).capacity.max_model_len < 128  # rather a shorter limit than no engine
+
+
+@pytest.mark.parametrize("ending", ["closed", "left by with", "forgotten"])
+def test_an_engine_that_ends_frees_its_memory_at_once(model, ending):
+    """Without the garbage collector: nothing an engine holds points back to it, not even after a stream."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = tiny_engine(model, dtype=torch.bfloat16)
+        engine.submit([1, 2, 3], SamplingParams(max_tokens=50))
+        engine.generate([[4, 5]], SamplingParams(max_tokens=3))
+
+        async def stream():
+            await collect(engine.stream([1], SamplingParams(max_tokens=3)))
+
+        asyncio.run(stream())
+        del stream
+        kept = [weakref.ref(x) for x in (engine.model, engine.runner.state.slot_stacks[0])]
+        if ending == "forgotten":
+            kept.append(weakref.ref(engine))
+            del engine
+        elif ending == "closed":
+            engine.close()
+        else:
+            with engine:
+                pass
+        deadline = time.monotonic() + 10  # the thread that served the stream may be about to end
+        while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [ref() for ref in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+
+
+def test_a_closed_engine_says_so(engine):
+    request = engine.submit([1, 2, 3], SamplingParams(max_tokens=50))
+    engine.step()
+    engine.close()
+    engine.close()
+    assert request.completions[0].finish_reason == "abort"
+    assert_all_free(engine)
+    for use in (
+        engine.step,
+        engine.sleep,
+        engine.wake,
+        engine.update_weights,
+        lambda: engine.generate([[1]], SamplingParams()),
+        lambda: engine.submit([1], SamplingParams()),
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            use()

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,6 +143,7 @@ class Engine:
         self._lock = threading.Lock()  # held while a step runs: whoever holds it may touch scheduler, cache and runner
         self._inbox: deque[Callable[[], None]] = deque()  # what arrived meanwhile
         self._driver = streaming.Driver(self)
+        self.is_closed = False
         self._num_steps = self._num_prompt_tokens = self._num_generated = 0
         self._seconds = 0.0
 
@@ -205,7 +207,8 @@ class Engine:
 
     def _submit(self, request: Request) -> None:
         self._num_prompt_tokens += len(request.prompt)
-        self._inbox.append(lambda: self.scheduler.add(request))
+        self._require_open()
+        self._inbox.append(partial(self.scheduler.add, request))
 
     def abort(self, request: Request) -> None:
         """End a request's unfinished completions now, with finish_reason "abort", and free what they hold.
@@ -240,6 +243,7 @@ class Engine:
         """Launch a step that advances every running sequence by one token, and prompts by what the token budget allows; then
         read the tokens of the oldest step that is more than `num_steps_ahead` back."""
         with self._lock:
+            self._require_open()
             start = time.perf_counter()
             self._receive()
             try:
@@ -277,7 +281,7 @@ class Engine:
                 self.scheduler.finish(item.sequence)
                 self.outputs.close(item.sequence, reason)
 
-    def _drop_all(self, error: BaseException) -> None:
+    def _drop_all(self, error: BaseException | None) -> None:
         """After a step that failed half-way, states are undefined: end every request and forget every prefix."""
         self._in_flight.clear()
         for request in {s.request.number: s.request for s in (*self.scheduler.running, *self.scheduler.waiting)}.values():
@@ -293,6 +297,7 @@ class Engine:
         sequences recomputed. Raises ValueError if `named_parameters` are not the model's.
         """
         with self._lock:
+            self._require_open()
             if named_parameters is not None:
                 copy_weights(named_parameters, self.model)
             elif self._source is not None:
@@ -303,6 +308,7 @@ class Engine:
     def sleep(self) -> None:
         """Free the memory of states and pages until `wake`. Running sequences will be recomputed; stepping meanwhile wakes."""
         with self._lock:
+            self._require_open()
             self.scheduler.preempt_all()
             self.cache.take_moves()
             self.runner.free()
@@ -310,7 +316,32 @@ class Engine:
     def wake(self) -> None:
         """Take the memory of states and pages again."""
         with self._lock:
+            self._require_open()
             self.runner.allocate()
+
+    def close(self) -> None:
+        """End every request, and let go of weights, states and pages at once; the engine can't be used afterwards.
+
+        `with Engine(…) as engine:` does it at the end. An engine that nobody refers to any more needs no closing.
+        """
+        with self._lock:
+            if self.is_closed:
+                return
+            self._receive()
+            self._drop_all(None)
+            self.is_closed, self._source = True, None
+            self.runner.free()
+            del self.runner, self.model
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self.is_closed:
+            raise ValueError("the engine is closed; make a new one")
 
     @property
     def metrics(self) -> Metrics:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Driver:
-    """Steps an engine from a thread that ends when there is nothing left to do."""
+    """Steps an engine from a thread that ends when there is nothing left to do. It does not keep the engine alive."""
 
     def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
+        self._engine = weakref.ref(engine)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -33,13 +34,16 @@ class Driver:
 
     def _drive(self) -> None:
         while True:
+            engine = self._engine()
             with self._lock:
-                if not self._engine.has_work:
+                if engine is None or not engine.has_work:
                     self._thread = None
                     return
             try:
-                self._engine.step()
+                engine.step()
             except Exception:
+                if engine.is_closed:
+                    return
                 # The engine has ended every request with this error, and their iterators raise it. Those to come are served.
                 logger.exception("a step failed; every running request was ended")
 
@@ -49,9 +53,12 @@ def stream(engine: "Engine", driver: Driver, prompt: Prompt, params: SamplingPar
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Delta] = asyncio.Queue()
 
+    serving = weakref.ref(engine)  # request and deliver refer to each other, and must not keep the engine with them
+
     def deliver(delta: Delta) -> None:
         if loop.is_closed():  # the client is gone
-            engine.abort(request)
+            if (its_engine := serving()) is not None:
+                its_engine.abort(request)
         else:
             loop.call_soon_threadsafe(queue.put_nowait, delta)
 

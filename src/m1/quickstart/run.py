@@ -5,7 +5,6 @@ The order of things and what is measured when; the numbers are in recipe.py, the
 
 import copy
 import dataclasses
-import gc
 import shlex
 import shutil
 import sys
@@ -205,13 +204,8 @@ class Quickstart:
     @contextmanager
     def sampler(self, model: M1ForCausalLM) -> Iterator[Engine]:
         """An engine for a while: it leaves memory to the models and their training, and gives back its own at the end."""
-        engine = Engine(model.eval(), self.tokenizer, dtype=self.dtype, memory_fraction=0.1)
-        try:
+        with Engine(model.eval(), self.tokenizer, dtype=self.dtype, memory_fraction=0.1) as engine:
             yield engine
-        finally:
-            engine.sleep()
-            del engine
-            gc.collect()  # what an engine holds of itself in circles, its copy of the weights among it
 
     def records_path(self, name: str, stage: str) -> Path:
         return self.out / "records" / f"{name}-{stage}.jsonl"
