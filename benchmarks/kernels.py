@@ -36,8 +36,9 @@ REFERENCE_SECONDS = 1.0  # roughly what timing one reference may take
 
 def all_cases() -> list[Case]:
     import kernel_cases_scan
+    import kernel_cases_ssd
 
-    return [*kernel_cases_scan.cases(), *kernel_cases_decode.cases()]
+    return [*kernel_cases_scan.cases(), *kernel_cases_ssd.cases(), *kernel_cases_decode.cases()]
 
 
 def chosen_cases(patterns: list[str]) -> list[Case]:

@@ -162,8 +162,8 @@ def test_step_continues_scan(device: str) -> None:
 
 
 def test_heads_too_wide_are_refused(device: str) -> None:
-    inputs = make_inputs(3, 1, (1, 1, 1, 257, 2), torch.float32, device)
-    with pytest.raises(ValueError, match="no wider than 256"):
+    inputs = make_inputs(3, 1, (1, 1, 1, 129, 2), torch.float32, device)
+    with pytest.raises(ValueError, match="no wider than 128"):
         kernel.ssd_scan(**inputs)
 
 
@@ -174,6 +174,8 @@ def test_heads_too_wide_are_refused(device: str) -> None:
 )
 @pytest.mark.parametrize("lengths", LONG_LENGTHS, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
 def test_at_length(lengths: list[int], dims: Dims, dtype: torch.dtype) -> None:
+    if dims[-1] > 128 and dtype == torch.float32:
+        pytest.skip("heads too wide for this dtype")
     check(make_inputs(sum(lengths), len(lengths), dims, dtype, "cuda"), lengths, None)
 
 

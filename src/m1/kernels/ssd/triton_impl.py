@@ -18,6 +18,7 @@ Besides, states at chunk borders: T/Q·H·P·N elements, twice in fp32 and twice
 two more reads backwards.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from m1.kernels.ssd.triton_update import UpdateConfig, ssd_state_update
 __all__ = ["SsdConfig", "Tile", "UpdateConfig", "choose_config", "ssd_scan", "ssd_state_update"]
 
 CARRY_BLOCK, CARRY_ROWS, STEP_HEADS = 128, 8, 4
-MAX_WIDTH = 256  # of P and N: a program holds whole rows of x, B, C
+MAX_WIDTH = {2: 256, 4: 128}  # of P and N, by an operand's bytes: a program holds whole rows of x, B, C and a whole state
 
 
 class Tile(NamedTuple):
@@ -65,14 +66,29 @@ class SsdConfig(NamedTuple):
         return self._replace(chunk=chunk, states=self.states._replace(columns=min(self.states.columns, chunk)), **cut)
 
 
-def choose_config(width: int, itemsize: int) -> SsdConfig:
-    """For heads of padded width max(P, N) and operands of `itemsize` bytes. Raises ValueError for heads too wide."""
-    require(width <= MAX_WIDTH, "x", f"of heads no wider than {MAX_WIDTH} (P and N; wider: use the CPU)", width)
-    if width > 128 or itemsize > 2:
-        return SsdConfig(64, Tile(32, 32, 4, 1), *(Tile(32, 32, 4, 1),) * 3)
+def choose_config(width: int, itemsize: int, shared_memory: int) -> SsdConfig:
+    """For heads of max(P, N) = width, operands of `itemsize` bytes and that many bytes of shared memory a multiprocessor.
+
+    Raises ValueError for heads too wide.
+    """
+    limit = MAX_WIDTH[itemsize]
+    require(width <= limit, "x", f"of heads no wider than {limit} in this dtype (P and N; wider only on a CPU)", width)
+    if width > 128 or itemsize > 2:  # speed is not asked for here, but a program's tiles must fit
+        tile = Tile(16, 16, 8, 1) if width > 64 else Tile(32, 32, 8, 1)
+        return SsdConfig(64, Tile(32, 32, 8, 1), tile, tile, tile)
+    if shared_memory < 160 * 2**10:
+        small = Tile(32, 32, 4, 2)
+        return SsdConfig(128, Tile(64, 32, 4, 2), small, small, Tile(32, 32, 8, 1))
     if width > 64:
-        return SsdConfig(256, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
-    return SsdConfig(128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        return SsdConfig(256, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+    return SsdConfig(128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor; an H100's on the CPU, where only the interpreter runs."""
+    on_cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if on_cuda else 227 * 2**10
 
 
 def ssd_scan(
@@ -91,9 +107,9 @@ def ssd_scan(
     chunk_size: int | None = None,
     config: SsdConfig | None = None,
 ) -> Any:
-    """See m1.kernels.ssd.ssd_scan; `config` overrides the launch sizes. Raises ValueError for P or N above MAX_WIDTH."""
+    """See m1.kernels.ssd.ssd_scan; `config` overrides the launch sizes. Raises ValueError for heads too wide."""
     if config is None:
-        config = choose_config(max(x.shape[2], C.shape[2]), _operand(x).itemsize)
+        config = choose_config(max(x.shape[2], C.shape[2]), _operand(x).itemsize, _shared_memory(x.device))
     if chunk_size is not None:
         config = config.with_chunk(min(max(triton.next_power_of_2(chunk_size), 16), 1024))
     bounds = document_bounds(cu_seqlens, x.shape[0], x.device)
