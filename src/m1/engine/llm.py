@@ -155,6 +155,22 @@ class Engine:
         prompts: raw text, token ids, or chat messages, each. params: for all, or one for each prompt.
         Raises ValueError naming the prompt's index before anything starts, if one of them can't be completed.
         """
+        requests = self.make_requests(prompts, params)
+        try:
+            self._run(requests, progress)
+        finally:  # nothing of these stays behind when a step fails or the user interrupts
+            for request in requests:
+                self.abort(request)
+        for request in requests:
+            if request.error is not None:  # of a step in the thread that serves streams
+                raise request.error
+        return [[request.completions[index] for index in range(request.params.n)] for request in requests]
+
+    def make_requests(self, prompts: list[Prompt], params: SamplingParams | list[SamplingParams]) -> list[Request]:
+        """Check prompts and their parameters, for all or one for each; nothing is queued.
+
+        Raises ValueError naming the index of the first prompt that can't be completed.
+        """
         if not isinstance(prompts, list):
             raise ValueError(f"prompts: expected a list of prompts, given {type(prompts).__name__}")
         each = params if isinstance(params, list) else [params] * len(prompts)
@@ -166,15 +182,7 @@ class Engine:
                 requests.append(self._factory.make(prompt, own))
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
-        try:
-            self._run(requests, progress)
-        finally:  # nothing of these stays behind when a step fails or the user interrupts
-            for request in requests:
-                self.abort(request)
-        for request in requests:
-            if request.error is not None:  # of a step in the thread that serves streams
-                raise request.error
-        return [[request.completions[index] for index in range(request.params.n)] for request in requests]
+        return requests
 
     def _run(self, requests: list[Request], progress: bool) -> None:
         for request in requests:
@@ -238,6 +246,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._inbox) or not self.scheduler.is_idle
+
+    @property
+    def has_room(self) -> bool:
+        """Whether everything that was submitted has started: more would not wait for it in vain."""
+        return not self._inbox and not self.scheduler.num_waiting
 
     def step(self) -> None:
         """Launch a step that advances every running sequence by one token, and prompts by what the token budget allows; then
