@@ -46,7 +46,7 @@ class DecodeGraphs:
         self.sizes, self.widths = batch_sizes(max_rows), table_widths(max_width)
         self._scratch = scratch
         self._slots = torch.full((max_rows,), scratch, dtype=torch.int64, device=device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self._captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
 
     def run(self, decode: Decode, slots: Tensor, width: int, num_top: int) -> tuple[Tensor, ...]:
@@ -65,13 +65,13 @@ class DecodeGraphs:
     def _capture(self, decode: Decode, size: int, width: int, num_top: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         slots = self._slots[:size]
         slots.fill_(self._scratch)  # steps before the capture compile kernels; they advance nobody
-        stream = torch.cuda.Stream(slots.device)
-        stream.wait_stream(torch.cuda.current_stream(slots.device))
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(slots.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             decode(slots, width, num_top)
-        torch.cuda.current_stream(slots.device).wait_stream(stream)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = decode(slots, width, num_top)
         return graph, outputs
 
