@@ -50,6 +50,7 @@ RUN: dict[str, Any] = {
     "dtype": "float32",
     "frozen": ["norms"],
 }
+BEGUN = "begun"  # a file in a run's directory, there once training begins
 # name -> (stage, fields of its config, fields of the model)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "align": ("align", {"learning_rate": 0.0}, {}),
@@ -113,6 +114,7 @@ def run_sft(out: Path, fields: dict[str, Any], stage: type[SFTStage] = SFTStage)
     select_trainable(model, config.frozen)
     directory = RunDirectory("sft", config)
     directory.create()
+    (out / BEGUN).touch()
     train(model, stage(model, tiny.documents(20), config), config, directory=directory, progress=False)
     directory.export(model)
 
