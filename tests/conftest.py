@@ -1,11 +1,14 @@
-"""Where no GPU is, Triton kernels run in its interpreter: switched on before anything (transformers, say) imports triton."""
+"""For all tests: a cache of their own, and where no GPU is, Triton's interpreter, switched on before triton is imported."""
 
 import importlib.metadata
 import importlib.util
 import os
+import tempfile
 from typing import Any
 
 import torch
+
+os.environ["M1_CACHE"] = tempfile.mkdtemp(prefix="m1-test-cache-")  # nothing of a test's is left in the user's own
 
 
 def is_older(package: str, version: tuple[int, int]) -> bool:

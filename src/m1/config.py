@@ -110,6 +110,8 @@ class TrainConfig:
     """Longest document, in tokens; longer ones are cut."""
     suffix: str = PROBLEM_SUFFIX
     """Added to the problem in rows with problem and answer; empty for none."""
+    cache_dir: str = ""
+    """Where tokenised data is kept for the next run; M1_CACHE of the environment or ~/.cache/m1 unless given."""
     learning_rate: float = 1e-5
     """Peak rate of everything that is not a mixer and not frozen."""
     mixer_learning_rate: float | None = None

@@ -1,7 +1,7 @@
 """What the commands align, distill, sft and grpo have in common around their training: checks, words, and the export."""
 
-from collections.abc import Callable, Collection
-from typing import TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,13 +10,14 @@ from m1.config import TrainConfig, require
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import GIB, require_disk, require_memory
-from m1.training.data import make_documents
-from m1.training.distributed import num_local_ranks, num_ranks, ranks, say
+from m1.training.data import iterate_documents
+from m1.training.distributed import num_local_ranks, num_ranks, on_first, ranks, say
+from m1.training.document_cache import CachedDocuments, cache_directory, cache_key, write_documents
 from m1.training.loop import TrainResult
 from m1.training.optimizer import select_trainable
 from m1.training.packing import Document
 from m1.training.run_directory import RunDirectory
-from m1.training.sources import read_rows
+from m1.training.sources import fingerprints, iterate_rows
 from m1.training.trackers import require_trackers
 
 Data = TypeVar("Data")
@@ -71,15 +72,25 @@ def _announce(command: str, config: TrainConfig, model: M1ForCausalLM, words_on_
 
 def read_documents(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, loss_on: str, *, only_correct: bool = False
-) -> tuple[list[Document], str]:
-    """The documents of `config.data`, and what to say of them."""
-    rows = read_rows(config.data, num_problems=config.num_problems, seed=config.seed, only_correct=only_correct)
-    documents = make_documents(rows, tokenizer, max_length=config.max_length, loss_on=loss_on, suffix=config.suffix)
-    tokens = sum(len(document.token_ids) for document in documents)
-    targets = sum(document.num_targets for document in documents)
+) -> tuple[Sequence[Document], str]:
+    """The documents of `config.data`, and what to say of them. They are tokenised once; later runs find them in the cache."""
+    origin: dict[str, Any] = {"num_problems": config.num_problems, "seed": config.seed}
+    options: dict[str, Any] = {"max_length": config.max_length, "loss_on": loss_on, "suffix": config.suffix}
+    entry = cache_directory(config.cache_dir) / cache_key(
+        tokenizer, data=fingerprints(config.data, **origin), only_correct=only_correct, **options
+    )
+
+    def tokenise() -> None:
+        if not entry.is_dir():
+            rows = iterate_rows(config.data, only_correct=only_correct, **origin)
+            write_documents(entry, iterate_documents(rows, tokenizer, **options))
+
+    on_first(tokenise, of_host=True)
+    documents = CachedDocuments(entry)
+    tokens, targets = documents.facts["tokens"], documents.facts["targets"]
     epochs = config.steps * config.tokens_per_step / tokens
     words = (
-        f"{len(documents):,} documents from {len(rows):,} rows, {tokens:,} tokens, {targets:,} of them targets; "
+        f"{len(documents):,} documents, {tokens:,} tokens, {targets:,} of them targets; "
         f"{config.steps * config.tokens_per_step:,} tokens are {epochs:,.1f} epochs"
     )
     batches = -(-config.tokens_per_step // config.tokens_per_batch)

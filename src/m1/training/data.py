@@ -28,6 +28,18 @@ def make_documents(
     loss_on: str = "completion",
     suffix: str = PROBLEM_SUFFIX,
 ) -> list[Document]:
+    """All documents of `iterate_documents`."""
+    return list(iterate_documents(rows, tokenizer, max_length=max_length, loss_on=loss_on, suffix=suffix))
+
+
+def iterate_documents(
+    rows: Iterable[Row | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    loss_on: str = "completion",
+    suffix: str = PROBLEM_SUFFIX,
+) -> Iterator[Document]:
     """Tokenised documents of at most `max_length` tokens; longer ones are cut, and those left without a target are dropped.
 
     Rows have messages, prompt and completion (a user's and an assistant's turn where the tokenizer has a chat template), or
@@ -39,8 +51,8 @@ def make_documents(
     if loss_on not in ("completion", "all"):
         raise ValueError(f"loss_on: expected 'completion' or 'all', got {loss_on!r}")
     encoder = SegmentEncoder(tokenizer)
-    documents = []
-    all_rows = iter(as_rows(rows))
+    is_any_left = False
+    all_rows = as_rows(rows)
     while some := list(islice(all_rows, _ROWS_AT_ONCE)):
         conversations = [(segments, row) for row in some for segments in _segments_of_row(row, tokenizer, suffix)]
         encoded = encoder.encode([segments for segments, _ in conversations])
@@ -50,10 +62,10 @@ def make_documents(
             is_target = np.ones(len(token_ids), dtype=bool) if loss_on == "all" else is_completion
             document = Document(token_ids[:max_length], is_target[:max_length])
             if document.num_targets:
-                documents.append(document)
-    if not documents:
+                is_any_left = True
+                yield document
+    if not is_any_left:
         raise ValueError(f"data: no document has a completion within --max-length {max_length} tokens")
-    return documents
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

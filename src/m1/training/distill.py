@@ -129,7 +129,7 @@ def run(config: DistillConfig) -> None:
     teacher_config = load_config(config.teacher)
     require_same_vocabulary(load_config(config.model), teacher_config, config.teacher)
 
-    def read(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], str]:
+    def read(tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[Document], str]:
         require_same_tokenizer(tokenizer, config.teacher)
         return read_documents(config, tokenizer, config.loss_on)
 

@@ -90,6 +90,11 @@ def num_ranks() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def local_rank() -> int:
+    """The number of this rank among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_distributed() else 0
+
+
 def num_local_ranks() -> int:
     """How many ranks this host has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed() else 1
@@ -150,18 +155,18 @@ def gather(value: T, group: Any = None) -> list[T]:
     return values
 
 
-def on_first(act: Callable[[], object]) -> None:
-    """Do `act` on the first rank while the others wait; what it raises is raised on all, as OSError on the others."""
+def on_first(act: Callable[[], object], *, of_host: bool = False) -> None:
+    """Do `act` on the first rank (of each host) while others wait; what it raises is raised on all, as OSError on others."""
     failure: Exception | None = None
-    if is_first():
+    if local_rank() == 0 if of_host else is_first():
         try:
             act()
         except Exception as error:  # raised below, once the others know
             failure = error
-    message = from_first(failure and str(failure))
+    messages = gather(failure and str(failure))
     if failure is not None:
         raise failure
-    if message is not None:
+    if message := next(filter(None, messages), None):
         raise OSError(f"the first rank failed: {message}")
 
 

@@ -117,12 +117,13 @@ class BatchStream:
     """
 
     def __init__(self, documents: Sequence[Document], capacity: int, seed: int) -> None:
-        self.documents = [document for document in documents if document.num_targets]
-        if not self.documents:
+        lengths = [len(document.token_ids) if document.num_targets else 0 for document in documents]
+        self._usable = np.flatnonzero(lengths)  # documents that can be learnt from, by their number in `documents`
+        if not len(self._usable):
             raise ValueError("documents: the data set is empty, or none of its documents has a token to learn from")
-        self.capacity, self.seed = capacity, seed
+        self.documents, self.capacity, self.seed = documents, capacity, seed
         self.epoch, self.index = 0, 0
-        self._lengths = np.array([len(document.token_ids) for document in self.documents])
+        self._lengths = np.array(lengths)[self._usable]
         self._bins: list[list[int]] | None = None
 
     def next_batches(self, num_tokens: int) -> list[PackedBatch]:
@@ -144,9 +145,10 @@ class BatchStream:
 
     def _pack_epoch(self) -> list[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.documents))
+        order = generator.permutation(len(self._usable))
         bins = best_fit(self._lengths[order].tolist(), self.capacity)
-        return [[int(order[i]) for i in bins[b]] for b in generator.permutation(len(bins))]
+        numbers = self._usable[order].tolist()
+        return [[numbers[i] for i in bins[b]] for b in generator.permutation(len(bins))]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index, "documents": self._fingerprint}
@@ -160,6 +162,6 @@ class BatchStream:
     @cached_property
     def _fingerprint(self) -> int:
         value = 0
-        for document in self.documents:
+        for document in (self.documents[i] for i in self._usable.tolist()):
             value = zlib.crc32(document.is_target.tobytes(), zlib.crc32(document.token_ids.tobytes(), value))
         return value

@@ -5,6 +5,8 @@ A row is checked here, and an error names its file and line; how it becomes toke
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,34 +31,65 @@ class Row:
 
 
 def read_rows(sources: Sequence[str], *, num_problems: int, seed: int, only_correct: bool = False) -> list[Row]:
-    """All rows of `sources` in their order: files, directories, `datasets` names (NAME or NAME:SPLIT), generators (gym:NAME).
+    """All rows of `sources`; see `iterate_rows`, which does not hold them all at once."""
+    return list(iterate_rows(sources, num_problems=num_problems, seed=seed, only_correct=only_correct))
+
+
+def iterate_rows(sources: Sequence[str], *, num_problems: int, seed: int, only_correct: bool = False) -> Iterator[Row]:
+    """Rows of `sources` in their order: files, directories, `datasets` names (NAME or NAME:SPLIT), generators (gym:NAME).
 
     only_correct: leave out rows whose `is_correct` is there and not true.
 
     Raises FileNotFoundError for a missing file, and ValueError for a malformed line (named by file and number), a row of
     another shape, an empty source, an unknown generator, or a `datasets` name when `datasets` is not installed.
     """
-    if not sources:
-        raise ValueError("--data is needed: JSON-lines files, `datasets` names, or gym:NAME")
-    rows: list[Row] = []
+    _require_sources(sources)
+    for source in sources:
+        num_rows = num_kept = 0
+        for row in _rows_of(source, num_problems, seed):
+            num_rows += 1
+            if not only_correct or row.fields.get("is_correct", True) is True:
+                num_kept += 1
+                yield row
+        if not num_rows:
+            raise ValueError(f"{source}: the data set is empty")
+        if not num_kept:
+            raise ValueError(f"{source}: no sample in it is correct; --no-only-correct takes all")
+
+
+def fingerprints(sources: Sequence[str], *, num_problems: int, seed: int) -> list[Any]:
+    """What tells the contents of `sources` from others, as plain JSON: hashes of files, versions and seeds of generators.
+
+    Raises as `iterate_rows` does for sources that aren't there.
+    """
+    _require_sources(sources)
+    found: list[Any] = []
     for source in sources:
         if source.startswith(GYM_PREFIX):
-            new = [
-                Row({"problem": problem.problem, "answer": problem.answer}, problem.id)
-                for problem in generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
-            ]
+            found.append([source, num_problems, seed, importlib.metadata.version("reasoning-gym")])
         elif is_file_name(source):
-            new = [row for path in _files_of(Path(source)) for row in _read_json_lines(path)]
+            for path in _files_of(Path(source)):
+                with path.open("rb") as file:
+                    found.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
         else:
-            new = list(_read_dataset(source))
-        if not new:
-            raise ValueError(f"{source}: the data set is empty")
-        if only_correct:
-            new = [row for row in new if row.fields.get("is_correct", True) is True]
-            if not new:
-                raise ValueError(f"{source}: no sample in it is correct; --no-only-correct takes all")
-        rows += new
-    return rows
+            found.append([source, _load_dataset(source)._fingerprint])
+    return found
+
+
+def _require_sources(sources: Sequence[str]) -> None:
+    if not sources:
+        raise ValueError("--data is needed: JSON-lines files, `datasets` names, or gym:NAME")
+
+
+def _rows_of(source: str, num_problems: int, seed: int) -> Iterator[Row]:
+    if source.startswith(GYM_PREFIX):
+        for problem in generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed):
+            yield Row({"problem": problem.problem, "answer": problem.answer}, problem.id)
+    elif is_file_name(source):
+        for path in _files_of(Path(source)):
+            yield from _read_json_lines(path)
+    else:
+        yield from _read_dataset(source)
 
 
 def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, reward: str = "auto") -> list[Problem]:
@@ -97,9 +130,9 @@ def check_row(fields: Any, where: str) -> Row:
     return Row(fields, where)
 
 
-def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> list[Row]:
-    """Rows given in memory, checked; they are named by their number from 1."""
-    return [row if isinstance(row, Row) else check_row(row, f"row {number}") for number, row in enumerate(rows, start=1)]
+def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> Iterator[Row]:
+    """Rows given in memory, checked as they come; they are named by their number from 1."""
+    return (row if isinstance(row, Row) else check_row(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
 def is_file_name(source: str) -> bool:
@@ -135,6 +168,11 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 
 def _read_dataset(source: str) -> Iterator[Row]:
+    for number, fields in enumerate(_load_dataset(source)):
+        yield check_row(fields, f"{source}, row {number}")
+
+
+def _load_dataset(source: str) -> Any:
     name, _, split = source.partition(":")
     try:
         import datasets
@@ -142,8 +180,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
         raise ValueError(
             f"{source}: no such file, and reading it by its `datasets` name needs that library: pip install 'm1-reasoner[data]'"
         ) from error
-    for number, fields in enumerate(datasets.load_dataset(name, split=split or "train")):
-        yield check_row(fields, f"{source}, row {number}")
+    return datasets.load_dataset(name, split=split or "train")
 
 
 def _problem_of(row: Row) -> Problem:
