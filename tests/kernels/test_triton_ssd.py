@@ -57,26 +57,26 @@ def check(inputs: dict[str, Tensor], lengths: list[int], config: kernel.SsdConfi
     ("lengths", "dims", "dtype"),
     [
         ([1], (2, 1, 1, 2, 3), torch.float32),
-        ([70, 1, 33, 32], (3, 1, 1, 4, 5), torch.float32),
-        ([23, 40], (4, 2, 4, 3, 20), torch.float32),
-        ([41], (4, 2, 1, 20, 3), torch.float32),
-        ([50, 12], (6, 2, 2, 16, 16), torch.bfloat16),
+        ([35, 1, 32], (3, 1, 1, 4, 5), torch.float32),
+        ([3, 40], (4, 2, 4, 3, 20), torch.float32),
+        ([34], (4, 2, 1, 20, 3), torch.float32),
+        ([33, 5], (4, 2, 2, 16, 16), torch.bfloat16),
     ],
 )
 def test_outputs_states_and_gradients(lengths: list[int], dims: Dims, dtype: torch.dtype, device: str) -> None:
     check(make_inputs(sum(lengths), len(lengths), dims, dtype, device), lengths, SMALL)
 
 
-@pytest.mark.parametrize("tile", [(32, 16), (16, 32), (32, 32)])
+@pytest.mark.parametrize("tile", [(32, 16), (16, 32)])
 def test_tiles_of_unequal_sides(tile: tuple[int, int], device: str) -> None:
     config = kernel.SsdConfig(64, kernel.Tile(16, 32, 1, 1), *(kernel.Tile(*tile, 1, 1),) * 3)
-    check(make_inputs(75, 2, (2, 1, 1, 3, 4), torch.float32, device), [60, 15], config)
+    check(make_inputs(42, 2, (1, 1, 1, 3, 4), torch.float32, device), [38, 4], config)
 
 
 @pytest.mark.parametrize("absent", [("D",), ("dt_bias",), ("D", "dt_bias", "initial_state")])
 def test_optional_inputs(absent: tuple[str, ...], device: str) -> None:
-    inputs = make_inputs(40, 2, (2, 1, 1, 2, 2), torch.float32, device)
-    check({name: tensor for name, tensor in inputs.items() if name not in absent}, [37, 3], SMALL)
+    inputs = make_inputs(37, 2, (2, 1, 1, 2, 2), torch.float32, device)
+    check({name: tensor for name, tensor in inputs.items() if name not in absent}, [34, 3], SMALL)
 
 
 def test_step_sizes_without_softplus(device: str) -> None:
@@ -92,14 +92,14 @@ def test_strong_decays_do_not_overflow(device: str) -> None:
     check(inputs, [50], SMALL)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 20, 100])
+@pytest.mark.parametrize("chunk_size", [20, 100])
 def test_chunk_size_changes_nothing(chunk_size: int, device: str) -> None:
-    inputs = make_inputs(45, 2, (2, 1, 1, 2, 2), torch.float32, device)
-    check(inputs, [40, 5], SMALL, chunk_size=chunk_size)
+    inputs = make_inputs(41, 2, (1, 1, 1, 2, 2), torch.float32, device)
+    check(inputs, [37, 4], SMALL, chunk_size=chunk_size)
 
 
 def test_gradient_of_outputs_or_of_states_alone(device: str) -> None:
-    inputs = make_inputs(40, 1, (2, 1, 1, 2, 2), torch.float32, device)
+    inputs = make_inputs(33, 1, (1, 1, 1, 2, 2), torch.float32, device)
     for chosen in (slice(0, 1), slice(1, 2)):
         names = ("x", "dt", "A", "B", "initial_state")
         rest = {name: tensor for name, tensor in inputs.items() if name not in names}
@@ -115,8 +115,8 @@ def test_gradient_of_outputs_or_of_states_alone(device: str) -> None:
 
 def test_one_document_never_reaches_another(device: str) -> None:
     """NaN in one document leaves its neighbours' outputs, states and gradients bit for bit as they were."""
-    inputs = make_inputs(70, 3, (2, 1, 1, 3, 3), torch.float32, device)
-    bounds = bounds_of([25, 10, 35], device)
+    inputs = make_inputs(50, 3, (1, 1, 1, 3, 3), torch.float32, device)
+    bounds = bounds_of([10, 5, 35], device)
 
     def run() -> list[Tensor]:
         leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
@@ -125,9 +125,9 @@ def test_one_document_never_reaches_another(device: str) -> None:
         return [y, state, *torch.autograd.grad(y.sum() + state.sum(), [leaves[name] for name in names])]
 
     clean = run()
-    inputs["x"][25:35] = torch.nan
+    inputs["x"][10:15] = torch.nan
     for index, (one, other) in enumerate(zip(run(), clean, strict=True)):
-        inside = slice(1, 2) if one.shape[0] == 3 else slice(25, 35)
+        inside = slice(1, 2) if one.shape[0] == 3 else slice(10, 15)
         keep = torch.ones(one.shape[0], dtype=torch.bool)
         keep[inside] = False
         assert torch.equal(one[keep.to(device)], other[keep.to(device)]), index
