@@ -26,6 +26,8 @@ from m1.modeling.configuration import M1Config
 from m1.modeling.mamba1 import inverse_softplus
 from m1.modeling.state import ModelState, SequenceLayout, conv_channels
 
+ROW_ALIGNMENT = 16  # elements: what Triton sees as aligned, and more than matrix products ask for
+
 
 class Mamba2Mixer(nn.Module):
     """One mixer layer. `in_proj` rows are ordered z (d_inner), x (d_xb), B (d_xb), C (d_inner), dt (heads)."""
@@ -66,7 +68,7 @@ class Mamba2Mixer(nn.Module):
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]. With a state, it goes on from `layout.slots` and leaves the new states there."""
         config = self.config
-        z, vkq, dt = self.in_proj(x).split([config.d_inner, sum(self.splits[1:4]), self.num_heads], dim=-1)
+        z, vkq, dt = self._project(x)
         z = z.unflatten(-1, (-1, config.head_dim))
         if state is not None and layout.is_decode and not (config.mixer_rope or config.qk_norm):
             return self.out_proj(self._step(z, vkq, dt, layout, state).flatten(1))
@@ -77,6 +79,22 @@ class Mamba2Mixer(nn.Module):
         if self.norm is not None:
             return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.norm.eps).flatten(1))
         return self.out_proj((y * nn.functional.silu(z)).flatten(1))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [T, d_inner], convolution's channels [T, 2·d_xb + d_inner], dt [T, H]: views of one projection.
+
+        The step sizes make its rows an odd number of elements long. On a GPU kernels then read them in pieces of two bytes, so
+        in training, where a copy of the weight costs little beside the tokens, rows are padded.
+        """
+        widths = [self.splits[0], sum(self.splits[1:4]), self.num_heads]
+        padding = -sum(widths) % ROW_ALIGNMENT
+        if not (padding and x.is_cuda and torch.is_grad_enabled()):
+            z, vkq, dt = self.in_proj(x).split(widths, dim=-1)
+            return z, vkq, dt
+        bias = None if self.in_proj.bias is None else nn.functional.pad(self.in_proj.bias, (0, padding))
+        rows = nn.functional.linear(x, nn.functional.pad(self.in_proj.weight, (0, 0, 0, padding)), bias)
+        z, vkq, dt, _ = rows.split([*widths, padding], dim=-1)
+        return z, vkq, dt
 
     def split_heads(self, v: Tensor, k: Tensor, q: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved x, B, C, [T, d_xb], [T, d_xb], [T, d_inner] -> [T, G, P], [T, G, N], [T, H, N], normed and rotated."""

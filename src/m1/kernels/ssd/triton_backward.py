@@ -30,16 +30,15 @@ WRITTEN_END = tl.constexpr(3)  # w_s·B_s·q^T·x_s
 SKIPPED = tl.constexpr(4)  # ∂y_s·x_s
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "row_blocks"])
 def reader_gradient_kernel(
     x, B, C, dy, delta, log_decay, entry, dC, sums, chunks,
-    x_token, x_head, b_token, b_head, c_token, c_head, dy_token, dy_head, H, num_tokens, x_repeat, b_repeat,
+    x_token, x_head, b_token, b_head, c_token, c_head, dy_token, dy_head, H, num_tokens, row_blocks, x_repeat, b_repeat,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    LENGTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """∂C [T, H, N] of ROWS tokens of a head, their READ and SKIPPED sums; grid (heads, chunks x blocks of ROWS tokens)."""
-    row_blocks: tl.constexpr = LENGTH // ROWS
     head = tl.program_id(0)
     chunk = (tl.program_id(1) // row_blocks).to(tl.int64)
     start = tl.load(chunks + chunk * 4)
@@ -92,12 +91,12 @@ def reader_gradient_kernel(
         tl.store(sums + SKIPPED * sums_row, skipped, mask=t < length)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "row_blocks"])
 def writer_gradient_kernel(
     x, B, C, D, dy, delta, log_decay, chunk_decay, q_end, dx, dB, sums, chunks,
-    x_token, x_head, b_token, b_head, c_token, c_head, dy_token, dy_head, H, num_tokens, x_repeat, b_repeat,
+    x_token, x_head, b_token, b_head, c_token, c_head, dy_token, dy_head, H, num_tokens, row_blocks, x_repeat, b_repeat,
     SHARED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    LENGTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """∂x and ∂B of ROWS tokens, summed over SHARED neighbouring heads that read the same x and B, and their WRITTEN sums.
@@ -105,7 +104,6 @@ def writer_gradient_kernel(
     dx [T, H/SHARED, P], dB [T, H/SHARED, N]; grid (H/SHARED, chunks x blocks of ROWS tokens). Here rows are the tokens s that
     write and columns the tokens t >= s that read.
     """
-    row_blocks: tl.constexpr = LENGTH // ROWS
     chunk = (tl.program_id(1) // row_blocks).to(tl.int64)
     start = tl.load(chunks + chunk * 4)
     length = tl.load(chunks + chunk * 4 + 1) - start

@@ -14,19 +14,18 @@ def decays_between(later, earlier, log_later, log_earlier, end):
     return tl.exp2(tl.where(is_causal, log_later - log_earlier, float("-inf")))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "row_blocks"])
 def output_kernel(
     x, B, C, D, delta, log_decay, entry, y, chunks,
-    x_token, x_head, b_token, b_head, c_token, c_head, H, num_tokens, x_repeat, b_repeat,
+    x_token, x_head, b_token, b_head, c_token, c_head, H, num_tokens, row_blocks, x_repeat, b_repeat,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    LENGTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y_t = Σ_{s <= t} exp(l_t - l_s)·(C_t·B_s)·Δ_s·x_s + exp(l_t)·C_t·h_entry + D·x_t for ROWS tokens of a head.
 
     Grid (heads, chunks x blocks of ROWS tokens): heads that share x and B run side by side.
     """
-    row_blocks: tl.constexpr = LENGTH // ROWS
     head = tl.program_id(0)
     chunk = (tl.program_id(1) // row_blocks).to(tl.int64)
     start = tl.load(chunks + chunk * 4)

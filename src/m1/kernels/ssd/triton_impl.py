@@ -242,10 +242,8 @@ def _operand(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
-def _blocks(chunks: ChunkTable, config: SsdConfig, tile: Tile) -> tuple[int, dict[str, int]]:
-    """Blocks of `tile.rows` tokens in all chunks, and the constants that name them to a kernel."""
-    sizes = {"LENGTH": config.chunk, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    return chunks.num_chunks * (config.chunk // tile.rows), sizes | _launch(tile)
+def _sizes(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.rows, "COLUMNS": tile.columns} | _launch(tile)
 
 
 def _launch(tile: Tile) -> dict[str, int]:
@@ -286,10 +284,10 @@ def _entry_states(
 def _outputs(inputs: _Inputs, chunks: ChunkTable, decays: _Decays, entry: Tensor, config: SsdConfig) -> Tensor:
     T, (H, P) = inputs.x.shape[0], inputs.heads_and_width
     y = torch.empty(T, H, P, dtype=inputs.x.dtype, device=inputs.x.device)
-    num_blocks, sizes = _blocks(chunks, config, config.outputs)
-    forward.output_kernel[(H, num_blocks)](
+    blocks = config.chunk // config.outputs.rows  # a chunk
+    forward.output_kernel[(H, chunks.num_chunks * blocks)](
         inputs.x, inputs.B, inputs.C, inputs.D, decays.delta, decays.log_decay, entry, y, chunks.rows,
-        *inputs.strides, H, T, *inputs.repeats, **inputs.widths, **sizes, HAS_D=inputs.D is not None,
+        *inputs.strides, H, T, blocks, *inputs.repeats, **inputs.widths, **_sizes(config.outputs), HAS_D=inputs.D is not None,
     )  # fmt: skip
     return y
 
@@ -354,10 +352,11 @@ def _reader_gradients(
     """∂C [T, H, N]; fills the READ rows of `sums`."""
     T, (H, _, N) = dy.shape[0], inputs.state_shape
     dC = torch.empty(T, H, N, dtype=inputs.C.dtype, device=dy.device)
-    num_blocks, sizes = _blocks(chunks, config, config.readers)
-    backward.reader_gradient_kernel[(H, num_blocks)](
+    blocks = config.chunk // config.readers.rows  # a chunk
+    backward.reader_gradient_kernel[(H, chunks.num_chunks * blocks)](
         inputs.x, inputs.B, inputs.C, dy, decays.delta, decays.log_decay, entry, dC, sums, chunks.rows,
-        *inputs.strides, *dy.stride()[:2], H, T, *inputs.repeats, **inputs.widths, **sizes, HAS_D=inputs.D is not None,
+        *inputs.strides, *dy.stride()[:2], H, T, blocks, *inputs.repeats,
+        **inputs.widths, **_sizes(config.readers), HAS_D=inputs.D is not None,
     )  # fmt: skip
     return dC
 
@@ -372,11 +371,11 @@ def _writer_gradients(
     shared = x_repeat if x_repeat == b_repeat and config.is_summing else 1
     dx = torch.empty(T, H // shared, P, dtype=inputs.x.dtype, device=dy.device)
     dB = torch.empty(T, H // shared, N, dtype=inputs.B.dtype, device=dy.device)
-    num_blocks, sizes = _blocks(chunks, config, config.writers)
-    backward.writer_gradient_kernel[(H // shared, num_blocks)](
+    blocks = config.chunk // config.writers.rows  # a chunk
+    backward.writer_gradient_kernel[(H // shared, chunks.num_chunks * blocks)](
         inputs.x, inputs.B, inputs.C, inputs.D, dy, decays.delta, decays.log_decay, decays.chunk_decay, q_end,
-        dx, dB, sums, chunks.rows, *inputs.strides, *dy.stride()[:2], H, T, x_repeat, b_repeat, shared,
-        **inputs.widths, **sizes, HAS_D=inputs.D is not None,
+        dx, dB, sums, chunks.rows, *inputs.strides, *dy.stride()[:2], H, T, blocks, x_repeat, b_repeat, shared,
+        **inputs.widths, **_sizes(config.writers), HAS_D=inputs.D is not None,
     )  # fmt: skip
     return _sum_repeats(dx, inputs.x.shape[1]), _sum_repeats(dB, inputs.B.shape[1])
 
