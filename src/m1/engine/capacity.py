@@ -43,6 +43,7 @@ def plan_capacity(
     num_pages: int | None,
     memory_fraction: float | None,
     keeps_prefixes: bool,
+    kv_dtype: torch.dtype | None = None,
 ) -> Capacity:
     """Fill in what the user left open (None).
 
@@ -57,7 +58,7 @@ def plan_capacity(
     has_state, has_pages = bool(config.mixer_layers), bool(config.attention_layers)
     length = max_model_len or config.max_position_embeddings
     slot_bytes = ModelState.bytes_per_slot(config, dtype, state_dtype)
-    page_bytes = ModelState.bytes_per_page(config, page_size, dtype)
+    page_bytes = ModelState.bytes_per_page(config, page_size, kv_dtype or dtype)
 
     num_seqs = max_num_seqs
     if num_seqs is None:

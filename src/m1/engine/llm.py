@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from m1.engine import streaming
 from m1.engine.cache import StateCache
 from m1.engine.capacity import plan_capacity
+from m1.engine.fp8 import FP8
 from m1.engine.outputs import OutputProcessor
 from m1.engine.prompts import Prompt, RequestFactory
 from m1.engine.runner import ModelRunner
@@ -67,7 +69,9 @@ class Engine:
     prefix caching. num_slots, num_pages: sizes of the state, else chosen from memory_fraction of the free memory.
     dtype: of weights and activations, the model's unless given; a dtype other than a given model's makes a copy for sampling.
     On a CPU, bf16 weights of the engine's own (a path, a copy) are laid out for its matrix units and sample fastest.
-    state_dtype: of SSM states.
+    state_dtype: of SSM states. quantization: "fp8" samples from a copy whose linear layers (the head too) multiply e4m3
+    numbers, with a scale an output channel and a token; on a GPU in bfloat16. kv_cache_dtype: "fp8" keeps keys and values as
+    e4m3 numbers.
     enforce_eager: on a GPU, launch a decode step's kernels one by one instead of as a CUDA graph.
     enable_prefix_caching: keep states and pages of prompts for later prompts that begin alike.
     Raises ValueError for contradicting sizes, MemoryError for a model that does not fit.
@@ -87,20 +91,28 @@ class Engine:
         memory_fraction: float | None = None,
         dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
+        quantization: Literal["fp8"] | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         device: torch.device | str | None = None,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
         num_steps_ahead: int | None = None,
     ) -> None:
+        if quantization not in (None, "fp8"):
+            raise ValueError(f"quantization: expected None or 'fp8', given {quantization!r}")
+        if kv_cache_dtype not in ("auto", "fp8"):
+            raise ValueError(f"kv_cache_dtype: expected 'auto' or 'fp8', given {kv_cache_dtype!r}")
         self._source: M1ForCausalLM | None = None  # the trainer's model, if the sampler has a copy of it
         if isinstance(model, (str, Path)):
             tokenizer = tokenizer or load_tokenizer(model)
-            model = _load(model, dtype, device or "cpu")
+            model = _load(model, dtype, device or "cpu", quantization is not None)
         else:
             if device is not None and torch.device(device).type != model.device.type:
                 raise ValueError(f"device: the model is on {model.device}, given {device}; move the model first")
-            if dtype is not None and dtype != model.model.embed_tokens.weight.dtype:
-                self._source, model = model, sampling_copy(model, dtype)
+            own_dtype = model.model.embed_tokens.weight.dtype
+            if dtype not in (None, own_dtype) or quantization is not None:
+                self._source, model = model, sampling_copy(model, dtype or own_dtype, quantization is not None)
+        kv_dtype = FP8 if kv_cache_dtype == "fp8" else None
         weight, config = model.model.embed_tokens.weight, model.config
         self.model, self.tokenizer = model, tokenizer
         self.capacity = plan_capacity(
@@ -116,6 +128,7 @@ class Engine:
             num_pages=num_pages,
             memory_fraction=memory_fraction,
             keeps_prefixes=enable_prefix_caching,
+            kv_dtype=kv_dtype,
         )
         size = self.capacity
         self.cache = StateCache(
@@ -134,6 +147,7 @@ class Engine:
             page_size=page_size,
             max_model_len=size.max_model_len,
             state_dtype=state_dtype,
+            kv_dtype=kv_dtype,
             uses_graphs=weight.is_cuda and not enforce_eager,
         )
         self.num_steps_ahead = STEPS_AHEAD[weight.device.type] if num_steps_ahead is None else num_steps_ahead
@@ -373,11 +387,13 @@ class Engine:
         )
 
 
-def _load(source: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> M1ForCausalLM:
+def _load(source: str | Path, dtype: torch.dtype | None, device: torch.device | str, is_quantized: bool) -> M1ForCausalLM:
     """A checkpoint's model in its own dtype, or in another one with the mixers' dynamics as exact as they are stored."""
     stored = load_config(source).dtype
     model = load_model(source, dtype=stored if isinstance(stored, torch.dtype) else torch.float32, device=device)
-    return for_sampling(model) if dtype in (None, model.model.embed_tokens.weight.dtype) else sampling_copy(model, dtype)
+    if dtype in (None, model.model.embed_tokens.weight.dtype):
+        return for_sampling(model, is_quantized)
+    return sampling_copy(model, dtype, is_quantized)
 
 
 def _eos_ids(model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

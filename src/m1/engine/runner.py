@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m1.engine.cache import Move
+from m1.engine.fp8 import kv_scales
 from m1.engine.graphs import DecodeGraphs, next_of, table_widths
 from m1.engine.sampling_params import MAX_LOGPROBS
 from m1.engine.scheduler import Batch, Chunk
@@ -33,7 +34,8 @@ class ModelRunner:
     """Runs `model` for sequences that live in `num_slots` slots and `num_pages` pages.
 
     max_model_len: longest sequence in tokens, which sets the width of the block tables. uses_graphs: replay decode steps as
-    CUDA graphs, captured when a size of batch is first met.
+    CUDA graphs, captured when a size of batch is first met. kv_dtype: of keys and values, the model's unless given; 8-bit ones
+    get their scales from `kv_scales`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ModelRunner:
         page_size: int,
         max_model_len: int,
         state_dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         uses_graphs: bool = False,
     ) -> None:
         self.model, self.page_size = model, page_size
@@ -54,6 +57,7 @@ class ModelRunner:
             "page_size": page_size,
             "dtype": model.model.embed_tokens.weight.dtype,
             "state_dtype": state_dtype,
+            "kv_dtype": kv_dtype,
             "device": self.device,
         }
         self.scratch_slot, self.scratch_page = num_slots, num_pages if self.has_pages else 0
@@ -79,6 +83,14 @@ class ModelRunner:
         """Take the memory of all slots and pages."""
         if self.state is None:
             self.state = ModelState(self.model.config, *self._sizes, **self._state_options)
+            self._set_kv_scales()
+
+    def _set_kv_scales(self) -> None:
+        """Measure the scales of 8-bit keys and values with the weights as they are."""
+        state = self.state
+        if state is not None and state.key_scale is not None and state.value_scale is not None:
+            for mine, measured in zip((state.key_scale, state.value_scale), kv_scales(self.model), strict=True):
+                mine.copy_(measured)
 
     def free(self) -> None:
         """Give that memory back, and what was captured with it; `allocate` before the next step."""
@@ -96,6 +108,7 @@ class ModelRunner:
 
     def weights_changed(self) -> None:
         """Forget graphs that read weights where they no longer are; what was changed in place is read as it is."""
+        self._set_kv_scales()
         if self._graphs is not None and self._places != self._weight_places():
             self._graphs = None
 

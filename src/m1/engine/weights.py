@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
 from m1.modeling.hybrid import M1ForCausalLM
@@ -16,7 +17,7 @@ FLOAT32_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", "mixer.D")
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype) -> M1ForCausalLM:
+def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype, is_quantized: bool = False) -> M1ForCausalLM:
     """A model in eval mode with weights of its own in `dtype` (the mixers' dynamics stay fp32), laid out for sampling."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     copies = {
@@ -27,13 +28,15 @@ def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype) -> M1ForCausalLM:
     }
     sampler = copy.deepcopy(model, copies).eval()
     copies.clear()  # or no weight could be freed once it is laid out anew
-    return for_sampling(sampler)
+    return for_sampling(sampler, is_quantized)
 
 
-def for_sampling(model: M1ForCausalLM) -> M1ForCausalLM:
-    """Lay out a model that nobody else uses for sampling, and for the device it is on."""
+def for_sampling(model: M1ForCausalLM, is_quantized: bool = False) -> M1ForCausalLM:
+    """Lay out a model that nobody else uses for sampling and for the device it is on, with 8-bit products if so asked."""
     merge_projections(model)
-    if can_pack(model.model.embed_tokens.weight):
+    if is_quantized:
+        quantize_model(model)
+    elif can_pack(model.model.embed_tokens.weight):
         pack_linears(model)
     return model
 
@@ -72,7 +75,7 @@ def _places(target: M1ForCausalLM) -> dict[str, tuple[torch.Size, Callable[[Tens
         places[name] = (parameter.shape, parameter.copy_)
     modules = dict(target.named_modules())
     for name, module in modules.items():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, Fp8Linear)):
             places[f"{name}.weight"] = (module.shape, module.load)
     for name, module in modules.items():
         if isinstance(module, MergedLinear):

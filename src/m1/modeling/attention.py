@@ -48,13 +48,14 @@ class Attention(nn.Module):
         """x [T, hidden] -> [T, hidden]. With a state, the new keys and values are written to it first."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.project(x))  # [T, H, K], [T, G, K], [T, G, K]
         q, k = self.q_norm(q), self.k_norm(k)
-        if state is not None and layout.has_context:
+        if state is not None and (layout.has_context or state.key_scale is not None):
+            # 8-bit pages are read even by a prompt that is all here: its outputs then don't depend on how it is chunked
             return self.o_proj(self._attend_cached(q, k, v, layout, rotary, state).flatten(-2))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if state is not None:
             assert layout.kv_slots is not None
             key_pages, value_pages = state.of_attention(self.layer)
-            write_kv(k, v, key_pages, value_pages, layout.kv_slots, **state.kv_scales(self.layer))
+            write_kv(k, v, key_pages, value_pages, layout.kv_slots)
         attended = varlen_attention(
             q, k, v, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, scale=self.scale, window=self.window
         )
