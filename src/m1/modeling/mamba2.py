@@ -88,7 +88,7 @@ class Mamba2Mixer(nn.Module):
         """
         widths = [self.splits[0], sum(self.splits[1:4]), self.num_heads]
         padding = -sum(widths) % ROW_ALIGNMENT
-        if not (padding and x.is_cuda and torch.is_grad_enabled()):
+        if not (padding and torch.is_grad_enabled() and x.is_cuda):
             z, vkq, dt = self.in_proj(x).split(widths, dim=-1)
             return z, vkq, dt
         bias = None if self.in_proj.bias is None else nn.functional.pad(self.in_proj.bias, (0, padding))
