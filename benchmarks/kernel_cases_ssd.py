@@ -136,14 +136,22 @@ def _step_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
         return {"ssm_state": state, "slots": torch.randperm(BATCH, device="cuda"), **rows, **_parameters(model)}
 
     def step_inputs() -> dict[str, Any]:
-        return update_inputs() | {
-            "conv_state": _randn(BATCH, channels, 3),
-            "conv_weight": torch.randn(channels, 4, device="cuda"),
-            "conv_bias": torch.randn(channels, device="cuda"),
-            "norm_weight": torch.ones(inner, device="cuda"),
-            "norm_eps": 1e-5,
-            **_rows(model, BATCH),
+        inputs = update_inputs()
+        rows = {
+            "xBC": torch.cat([inputs.pop(name).flatten(1) for name in ("x", "B", "C")], 1),
+            "z": _randn(BATCH, heads, width),
         }
+        return (
+            inputs
+            | rows
+            | {
+                "conv_state": _randn(BATCH, channels, 3),
+                "conv_weight": torch.randn(channels, 4, device="cuda"),
+                "conv_bias": torch.randn(channels, device="cuda"),
+                "norm_weight": torch.ones(inner, device="cuda"),
+                "norm_eps": 1e-5,
+            }
+        )
 
     def update(config: Any = None) -> Calls:
         from m1.kernels.ssd.triton_update import UpdateConfig, ssd_state_update
@@ -179,9 +187,9 @@ def _step_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             fields={"elements": [2048, 4096, 8192], "num_warps": [2, 4, 8]},
         ),
         SsdCase(
-            f"mamba2_step {label}", ssm_bytes + 2 * BATCH * (3 * inner + 2 * shared + heads + 2 * 3 * channels), step,
+            f"mamba2_step {label}", ssm_bytes + 2 * BATCH * (3 * inner + heads + (2 * 3 + 3) * channels), step,
             reference_of(step_reference.mamba2_step, step_inputs),
-            build_with=step, default=default_step, fields={"elements": [1024, 2048, 4096], "num_stages": [1, 2]},
+            build_with=step, default=default_step, fields={"elements": [512, 1024, 2048, 4096]},
         ),
     ]  # fmt: skip
 

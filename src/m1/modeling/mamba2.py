@@ -125,14 +125,11 @@ class Mamba2Mixer(nn.Module):
 
     def _step(self, z: Tensor, vkq: Tensor, dt: Tensor, layout: SequenceLayout, state: ModelState) -> Tensor:
         """One token a sequence where nothing stands between convolution and scan: gated, normed outputs [n, H, P]."""
-        v, k, q = (t.unflatten(-1, (-1, self.config.head_dim)) for t in vkq.split(self.splits[1:4], dim=-1))
         A, scan = self._dynamics()
         return mamba2_step(
             *state.of_mixer(self.layer),
             z,
-            v,
-            k,
-            q,
+            vkq,
             dt,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,

@@ -1,7 +1,7 @@
 """One decoding step of the Mamba-2 mixer between its projections: checks and dispatch; arithmetic is in the other files.
 
 Convolution step of x, B and C, softplus of the step size, scan step, skip, gate and output norm (arXiv 2405.21060 §7) in one
-call, so that on a GPU the step costs one read and one write of the states. The projections stay outside.
+call, so that on a GPU the step costs little more than one read and one write of the states. The projections stay outside.
 """
 
 from typing import Literal
@@ -11,7 +11,6 @@ from torch import Tensor
 from m1.kernels.dispatch import (
     implementation_for,
     require,
-    require_groups,
     require_rank,
     require_slots,
     require_tensor,
@@ -22,9 +21,7 @@ def mamba2_step(
     conv_state: Tensor,
     ssm_state: Tensor,
     z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
+    xBC: Tensor,
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -40,31 +37,29 @@ def mamba2_step(
 ) -> Tensor:
     """Advance the states of n sequences by one token each, in place; without gradient.
 
-    The same as causal_conv1d_update of [x, B, C], then ssd_state_update, then gated_rms_norm with z (or, where `norm_weight`
+    The same as causal_conv1d_update of xBC, then ssd_state_update, then gated_rms_norm with z (or, where `norm_weight`
     is None, the product with silu(z)).
 
     Args:
-        conv_state: [S, Dc, W-1] with Dc = G·P + G·N + H·N, the channels of x, B and C in this order; ssm_state:
-            [S, H, P, N]; both any floating dtype, updated in place.
-        z: [n, H, P]; x: [n, G, P]; B: [n, G, N]; C: [n, H, N]; dt: [n, H]: the rows of in_proj.
+        conv_state: [S, Dc, W-1]; ssm_state: [S, H, P, N]; both any floating dtype, updated in place.
+        z: [n, H, P]; xBC: [n, Dc] with Dc = G·P + G·N + H·N, the channels of x, B and C in this order; dt: [n, H]: the rows
+            of in_proj.
         conv_weight: [Dc, W]; conv_bias: [Dc]; A: [H], negative; D, dt_bias: [H]; norm_weight: [H·P]; norm_eps: added to the
             mean square.
         slots: [n] int64, the state of each row; None means arange(n).
     Returns:
-        y [n, H, P] in x's dtype.
+        y [n, H, P] in xBC's dtype.
     Raises:
         ValueError: for a wrong shape, dtype, device, activation, negative norm_eps or (on the CPU) a slot out of range.
     """
-    _check(conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A, D, dt_bias, norm_weight, slots)
+    _check(conv_state, ssm_state, z, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, norm_weight, slots)
     require(conv_activation in (None, "silu"), "conv_activation", "None or 'silu'", repr(conv_activation))
     require(norm_eps >= 0, "norm_eps", "at least 0", norm_eps)
-    return implementation_for(x, __name__).mamba2_step(
+    return implementation_for(xBC, __name__).mamba2_step(
         conv_state,
         ssm_state,
         z,
-        x,
-        B,
-        C,
+        xBC,
         dt,
         conv_weight,
         conv_bias,
@@ -83,9 +78,7 @@ def _check(
     conv_state: Tensor,
     ssm_state: Tensor,
     z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
+    xBC: Tensor,
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -95,28 +88,26 @@ def _check(
     norm_weight: Tensor | None,
     slots: Tensor | None,
 ) -> None:
-    require_rank("x", x, "n G P")
-    require_rank("C", C, "n H N")
+    require_rank("xBC", xBC, "n Dc")
     require_rank("conv_weight", conv_weight, "Dc W")
     require_rank("ssm_state", ssm_state, "S H P N")
-    n, num_groups, width = x.shape
-    num_heads, d_state = C.shape[1:]
-    num_slots, filter_width = ssm_state.shape[0], conv_weight.shape[1]
-    channels = num_groups * (width + d_state) + num_heads * d_state
-    require_groups("x", num_heads, num_groups)
-    require_tensor("C", C, "n H N", (n, num_heads, d_state), x)
-    require_tensor("B", B, "n G N", (n, num_groups, d_state), x)
-    require_tensor("z", z, "n H P", (n, num_heads, width), x)
-    require_tensor("dt", dt, "n H", (n, num_heads), x)
-    require_tensor("ssm_state", ssm_state, "S H P N", (num_slots, num_heads, width, d_state), x)
-    require_tensor("conv_weight", conv_weight, "Dc W", (channels, filter_width), x)
+    n, channels = xBC.shape
+    num_slots, num_heads, width, d_state = ssm_state.shape
+    filter_width = conv_weight.shape[1]
+    num_groups, rest = divmod(channels - num_heads * d_state, width + d_state)
+    expected = f"of G·(P + N) + H·N channels, P = {width}, N = {d_state}, G dividing H = {num_heads}"
+    require(rest == 0 and num_groups > 0 and num_heads % num_groups == 0, "xBC", expected, f"{channels} channels")
+    require_tensor("ssm_state", ssm_state, "S H P N", ssm_state.shape, xBC)
+    require_tensor("z", z, "n H P", (n, num_heads, width), xBC)
+    require_tensor("dt", dt, "n H", (n, num_heads), xBC)
+    require_tensor("conv_weight", conv_weight, "Dc W", (channels, filter_width), xBC)
     require(filter_width > 0, "conv_weight", "a filter of width W >= 1", list(conv_weight.shape))
-    require_tensor("conv_state", conv_state, "S Dc W-1", (num_slots, channels, filter_width - 1), x)
+    require_tensor("conv_state", conv_state, "S Dc W-1", (num_slots, channels, filter_width - 1), xBC)
     for name, parameter in (("A", A), ("D", D), ("dt_bias", dt_bias)):
         if parameter is not None:
-            require_tensor(name, parameter, "H", (num_heads,), x)
+            require_tensor(name, parameter, "H", (num_heads,), xBC)
     if conv_bias is not None:
-        require_tensor("conv_bias", conv_bias, "Dc", (channels,), x)
+        require_tensor("conv_bias", conv_bias, "Dc", (channels,), xBC)
     if norm_weight is not None:
-        require_tensor("norm_weight", norm_weight, "H·P", (num_heads * width,), x)
-    require_slots(slots, n, num_slots, x)
+        require_tensor("norm_weight", norm_weight, "H·P", (num_heads * width,), xBC)
+    require_slots(slots, n, num_slots, xBC)

@@ -14,9 +14,7 @@ def mamba2_step(
     conv_state: Tensor,
     ssm_state: Tensor,
     z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
+    xBC: Tensor,
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -31,10 +29,11 @@ def mamba2_step(
     slots: Tensor | None = None,
 ) -> Tensor:
     """See m1.kernels.mamba2_step.mamba2_step."""
-    channels = torch.cat([x.flatten(1), B.flatten(1), C.flatten(1)], 1)  # [n, Dc]
-    channels = causal_conv1d_update(channels, conv_state, conv_weight, conv_bias, activation=conv_activation, slots=slots)
-    widths = [x[0].numel(), B[0].numel(), C[0].numel()]
-    x, B, C = (part.view(like.shape) for part, like in zip(channels.split(widths, 1), (x, B, C), strict=True))
+    channels = causal_conv1d_update(xBC, conv_state, conv_weight, conv_bias, activation=conv_activation, slots=slots)
+    _, H, P, N = ssm_state.shape
+    G = (channels.shape[1] - H * N) // (P + N)
+    x, B, C = channels.split([G * P, G * N, H * N], 1)
+    x, B, C = x.unflatten(1, (G, P)), B.unflatten(1, (G, N)), C.unflatten(1, (H, N))
     y = ssd_state_update(ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots)
     if norm_weight is not None:
         return gated_rms_norm(y, z, norm_weight, norm_eps)

@@ -80,8 +80,8 @@ def choose_config(width: int, itemsize: int, shared_memory: int) -> SsdConfig:
         small = Tile(32, 32, 4, 2)
         return SsdConfig(128, Tile(64, 32, 4, 2), small, small, Tile(32, 32, 8, 1))
     if width > 64:
-        return SsdConfig(256, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
-    return SsdConfig(128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+        return SsdConfig(256, Tile(128, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 3), Tile(64, 32, 4, 1))
+    return SsdConfig(128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 3), Tile(64, 32, 4, 1))
 
 
 @functools.cache
