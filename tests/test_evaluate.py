@@ -1,0 +1,232 @@
+"""`m1 eval`, `m1 report` and `m1 solve` as a user runs them, on a tiny model: records, kills, pages, mistakes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from m1 import cli
+from m1.evaluation.records import read_records
+from tests.training.tiny import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A Transformer, and the hybrid that `m1 convert` makes of it."""
+    directory = tmp_path_factory.mktemp("models")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "base")
+    tokenizer.save_pretrained(directory / "base")
+    assert m1("convert", "--base", directory / "base", "--out", directory / "hybrid", "--device", "cpu") == 0
+    return {name: directory / name for name in ("base", "hybrid")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    rows = [{"id": f"p{number}", "problem": f"{number} + 1 =", "answer": str(number + 1)} for number in range(5)]
+    for name in ("aime24", "gsm8k_test"):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def m1(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+FEW = ["--samples", 4, "--max-new-tokens", 6, "--device", "cpu", "--concurrency", 8]
+
+
+def evaluate(model, data, out, *more) -> int:
+    return m1("eval", model, "--tasks", "aime24,gsm8k", "--data-dir", data, "--out", out, *FEW, *more)
+
+
+def test_an_evaluation_and_its_report(models, data, tmp_path, capsys):
+    for name in ("base", "hybrid"):
+        assert evaluate(models[name], data, tmp_path / name) == 0
+    printed = capsys.readouterr().out
+    assert "10 samples in all" not in printed
+    assert "4 samples a problem, 40 in all" in printed
+    assert "aime24" in printed
+    assert "maj@4" in printed
+    assert f"m1 report {tmp_path / 'hybrid'}" in printed.replace("\n", "")
+
+    record = json.loads((tmp_path / "hybrid" / "m1_run.json").read_text())
+    assert record["command"] == "eval"
+    assert record["config"]["temperature"] == 0.7
+    assert record["versions"].keys() >= {"python", "torch", "transformers", "math-verify"}
+    assert record["hardware"]["cpu"]
+    assert record["backend"]["mixer_layers"] + record["backend"]["attention_layers"] == 2
+    assert record["results"]["gsm8k"]["num_problems"] == 5
+    run, records = read_records(tmp_path / "hybrid" / "gsm8k.jsonl.gz")
+    assert run["params"] == {"temperature": 0.7, "top_p": 1.0, "max_tokens": 6, "seed": 0}
+    assert sorted(one["id"] for one in records) == [f"p{number}" for number in range(5)]
+    assert all(len(one["samples"]) == 4 for one in records)
+
+    assert m1("report", tmp_path / "base", tmp_path / "hybrid", "--out", tmp_path / "both.html") == 0
+    page = (tmp_path / "both.html").read_text()
+    assert "Evaluation: base, hybrid" in page
+    assert page.count("<svg") == 4  # against k and against tokens, for two tasks
+    assert page.count("hybrid against base, paired by problem") == 2
+    assert "best-logprob" in page
+    assert not re.search(r'(src|href)="(?!#)', page), "the page fetches something"
+    assert m1("report", tmp_path / "base") == 0
+    assert "paired by problem:" not in (tmp_path / "base" / "report.html").read_text()
+
+
+def test_the_prompt_is_the_papers_unless_told_otherwise(models, data, tmp_path, monkeypatch):
+    asked = []
+
+    def listen(requests, watch):
+        asked.extend(requests)
+        raise OSError("heard enough")
+
+    monkeypatch.setattr("m1.backends.engine.engine_backend", lambda engine: listen)
+    assert evaluate(models["base"], data, tmp_path / "a") == 2
+    assert asked[0].prompt[0]["content"] == ("0 + 1 =\nLet's think step by step and output the final answer within \\boxed{}.")
+    asked.clear()
+    assert evaluate(models["base"], data, tmp_path / "b", "--suffix", "") == 2
+    assert asked[0].prompt[0]["content"] == "0 + 1 ="
+
+
+def test_an_evaluation_goes_on_after_a_kill(models, data, tmp_path):
+    out = tmp_path / "out"
+    path = out / "aime24.jsonl.gz"
+    words = ["eval", models["base"], "--tasks", "aime24", "--data-dir", data, "--out", out, "--device", "cpu"]
+    words += ["--samples", 40, "--concurrency", 40, "--max-new-tokens", 200]
+    program = subprocess.Popen([sys.executable, "-m", "m1.cli", *map(str, words)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not path.exists() or not read_records(path)[1]):
+        time.sleep(0.05)
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    done = read_records(path)[1]
+    assert 1 <= len(done) < 5
+    assert m1("report", out) == 0
+    assert "Unfinished" in (out / "report.html").read_text()
+    assert m1(*words) == 0
+    records = read_records(path)[1]
+    assert [one["id"] for one in records][: len(done)] == [one["id"] for one in done]
+    assert sorted(one["id"] for one in records) == [f"p{number}" for number in range(5)]
+
+
+def test_budgets_are_measured(models, data, tmp_path, capsys):
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for model, out in zip(models.values(), outs, strict=True):
+        words = ["--data-dir", data, "--out", out, "--max-new-tokens", 6, "--device", "cpu", "--concurrency", 4, "--limit", 2]
+        words += ["--time-budgets", "0.1,0.4", "--token-budgets", "5000"]
+        assert m1("eval", model, "--tasks", "gsm8k", *words) == 0
+    assert "each problem alone for 0.4 s" in capsys.readouterr().out
+    summary = json.loads((outs[0] / "m1_run.json").read_text())["results"]["gsm8k"]
+    assert [point["budget"] for point in summary["time_budgets"]] == [0.1, 0.4]
+    assert summary["time_budgets"][0]["mean_samples"] < summary["time_budgets"][1]["mean_samples"]
+    records = read_records(outs[0] / "gsm8k.jsonl.gz")[1]
+    assert all(one["ended_by"] in ("seconds", "tokens") and one["seconds"] < 5 for one in records)
+    assert m1("report", *outs) == 0
+    page = (outs[0] / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "vote at 0.4 seconds" in page
+
+
+def test_an_adaptive_evaluation(models, data, tmp_path):
+    assert evaluate(models["base"], data, tmp_path / "out", "--adaptive", "0.9") == 0
+    summary = json.loads((tmp_path / "out" / "m1_run.json").read_text())["results"]["gsm8k"]
+    assert "pass@1" not in summary
+    assert 1 <= summary["mean_samples"] <= 4
+    assert m1("report", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "chess"], "unknown task 'chess'"),
+        (["--time-budgets", "1,two"], "--time-budgets: expected numbers"),
+        (["--token-budgets", "0,5"], "--token-budgets: expected numbers above 0"),
+        (["--samples", "-1"], "--samples: expected at least 0"),
+        (["--adaptive", "0.3"], "--adaptive: expected"),
+        (["--temperature", "0"], "add --samples 1"),
+        (["--data-dir", "./nowhere"], "no such directory"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(models, data, tmp_path, capsys, more, message):
+    assert m1("eval", models["base"], "--tasks", "aime24", "--data-dir", data, "--out", tmp_path / "out", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_runs_directory_is_not_touched(models, data, tmp_path, capsys):
+    assert evaluate(models["base"], data, tmp_path / "out") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert evaluate(models["base"], data, tmp_path / "out", "--seed", 1) == 2
+    assert "params differ" in capsys.readouterr().err
+    assert evaluate(models["hybrid"], data, tmp_path / "out") == 2
+    assert "description differ" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert evaluate(models["hybrid"], data, tmp_path / "out", "--overwrite") == 0
+    assert evaluate(models["base"], data, models["base"]) == 2
+    assert "holds no evaluation" in capsys.readouterr().err
+    assert m1("report", tmp_path / "out", models["base"]) == 2
+    assert "expected an evaluation's directory" in capsys.readouterr().err
+
+
+def solve(capsys, model, *more) -> dict:
+    assert m1("solve", "1 + 1 =", "--model", model, "--max-new-tokens", 6, "--device", "cpu", "--json", *more) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_solve_within_budgets(models, capsys):
+    answer = solve(capsys, models["base"], "--seconds", "0.5", "--concurrency", 4)
+    assert answer["ended_by"] == "seconds"
+    assert 0.5 <= answer["seconds"] < 3
+    assert answer["samples"]
+    answer = solve(capsys, models["base"], "--tokens", "100", "--concurrency", 4)
+    assert answer["ended_by"] == "tokens"
+    assert 100 <= answer["tokens"] <= 104 + 4
+    answer = solve(capsys, models["base"], "--samples", 6)
+    assert (len(answer["samples"]), answer["ended_by"]) == (6, "samples")
+    again = solve(capsys, models["base"], "--samples", 6)
+    assert [one["text"] for one in again["samples"]] == [one["text"] for one in answer["samples"]]
+
+
+@pytest.mark.parametrize("vote", ["logprob", "tail", "best-tail", "tests.test_evaluate:shortest"])
+def test_solve_votes_in_every_way(models, capsys, vote):
+    answer = solve(capsys, models["hybrid"], "--samples", 5, "--vote", vote)
+    assert len(answer["samples"]) == 5
+
+
+def shortest(problem, completion):
+    assert problem == "1 + 1 ="
+    return 1 / (1 + len(completion))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--vote", "loudest"], "--vote: expected"),
+        (["--vote", "tail", "--adaptive", "0.9"], "only a majority vote can be decided early"),
+        (["--seconds", "-1"], "--seconds: expected more than 0"),
+        (["--samples", "-2"], "--samples"),
+    ],
+)
+def test_mistakes_of_solve(models, capsys, more, message):
+    assert m1("solve", "1 + 1 =", "--model", models["base"], *more) == 2
+    assert message in capsys.readouterr().err
