@@ -9,6 +9,7 @@ import pytest
 
 from m1.reasoning.answers import LONGEST_NORMALIZED, normalize_answer
 from m1.reasoning.equality import DEEPEST_NESTING, is_explosive, parse_number, settle
+from m1.reasoning.voting import group_answers
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,23 @@ def test_spelling_is_judged_quickly(piece):
     for length in (len(answer), 990, 400):
         assert settle("5", answer[:length]) is not True
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda index: "{" * 500_000 + str(index) + "}" * 500_000,
+        lambda index: r"\frac{1}{" * 10_000 + str(index) + "}" * 10_000,
+        lambda index: "x " * 500_000 + str(index),
+        lambda index: "\x00\x07" * 500_000 + str(index),
+        lambda index: "10^{" * 3 + str(index) + "}" * 3,
+    ],
+    ids=["braces", "fractions", "spaces", "control characters", "towers"],
+)
+def test_a_vote_of_different_hostile_answers_is_quick(make):
+    """Each is compared with every other: 2,016 pairs, none of which may look at a megabyte."""
+    answers = [make(index) for index in range(64)]
+    start = time.process_time()
+    groups = group_answers(answers, lambda first, second: settle(first, second) is True)
+    assert time.process_time() - start < 2
+    assert len(groups) == 64

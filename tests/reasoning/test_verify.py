@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from m1.reasoning.verify import Verifier
+from m1.reasoning.voting import group_answers
 from m1.reasoning.workers import WorkerPool
 from tests.reasoning.grader_cases import GRADER_CASES
 
@@ -87,6 +88,20 @@ def test_a_stopped_comparison_is_unequal_with_a_reason_and_not_repeated(monkeypa
         assert verdict.reason == "took more than 0.5 s of processor time"
         monkeypatch.setattr(impatient._pool, "call_many", None)
         assert impatient.judge_many([("5", BOMBS[0])] * 100) == [verdict] * 100
+
+
+def test_a_vote_among_bombs_costs_a_limit_or_two_each(monkeypatch):
+    """Three that slip past the prefilter, and honest answers among them, which are compared all the same."""
+    answers = [rf"\binom{{999999999}}{{50000000{index}}}" for index in range(3)]
+    answers = ["x+1", *answers, "1+x", r"\sqrt{8}", r"2\sqrt{2}"]
+    with Verifier(num_workers=1, cpu_limit=0.2) as impatient:
+        calls = []
+        call_many = impatient._pool.call_many
+        monkeypatch.setattr(impatient._pool, "call_many", lambda pairs: calls.extend(pairs) or call_many(pairs))
+        groups = group_answers(answers, impatient.are_same)
+    assert [len(group) for group in groups] == [2, 1, 1, 1, 2]
+    with_a_bomb = [pair for pair in calls if any("binom" in side for side in pair)]
+    assert len(with_a_bomb) <= 3 * 3
 
 
 def test_threads_share_a_verifier(verifier):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from m1.reasoning.answers import normalize_answer, split_choice
+from m1.reasoning.answers import LONGEST_NORMALIZED, normalize_answer, split_choice
 
 LONGEST_EVALUATED = 1000  # characters
 DEEPEST_NESTING = 30  # braces and parentheses; legible mathematics stays below ten
@@ -29,6 +29,7 @@ _RATIO = re.compile(
     rf"([+-]?)\s?(?:\\frac\s?(?:\{{\s?([+-]?{_INTEGER})\s?\}}\s?\{{\s?([+-]?{_INTEGER})\s?\}}|(\d)\s?(\d))"
     rf"|({_INTEGER})\s?/\s?({_INTEGER}))"
 )
+_ASSIGNMENT = re.compile(r"[a-zA-Z](?:_\w|_\{\w{1,9}\})?\s?=\s?")
 _WORDS = re.compile(r"[a-zA-Z]{4,}(?:[ '-][a-zA-Z]+)*")  # shorter ones may be products of variables
 _IDLE_SPACE = re.compile(r"(?<!\w)\s|\s(?!\w)")
 _DIGITS = re.compile(r"\d+")
@@ -45,11 +46,13 @@ def settle(gold: str, answer: str) -> bool | tuple[str, str]:
     Numbers are compared exactly, as rationals; where one is written as a decimal they need only agree when rounded to six
     places (math-verify's rule, so 0.333333 is 1/3 and 0.333 is not) and to one part in 10,000. A percentage equals both its
     value and its number (50% is 0.5 and 50, again math-verify's rule). A choice is compared by its letter where `gold` is
-    one, and taken off where `gold` is not: "(C) 12" is 12. Answers too long, too deeply nested or too explosive to evaluate
-    are unequal unless they are spelled alike.
+    one, and taken off where `gold` is not: "(C) 12" is 12. A number equals a letter said to be it: `x = 5` is 5. Answers too
+    long, too deeply nested or too explosive to evaluate are unequal unless they are spelled alike.
     """
     if gold == answer:
         return bool(answer.strip())
+    if max(len(gold), len(answer)) > LONGEST_NORMALIZED:  # not even looked at: a vote compares every answer with every other
+        return False
     gold, answer = normalize_answer(gold), normalize_answer(answer)
     if not gold or not answer:
         return False
@@ -64,6 +67,10 @@ def _settle_unlabelled(gold: str, answer: str) -> bool | tuple[str, str]:
     if _IDLE_SPACE.sub("", gold) == _IDLE_SPACE.sub("", answer):
         return True
     gold_number, answer_number = parse_number(gold), parse_number(answer)
+    if gold_number and not answer_number:
+        answer_number = _assigned_number(answer)
+    elif answer_number and not gold_number:
+        gold_number = _assigned_number(gold)
     if gold_number and answer_number:
         return _numbers_equal(gold_number, answer_number)
     if _WORDS.fullmatch(gold) and _WORDS.fullmatch(answer):
@@ -97,6 +104,12 @@ def parse_number(text: str) -> WrittenNumber | None:
         if denominator:
             return WrittenNumber(Fraction(numerator, denominator) * (-1 if sign == "-" else 1))
     return None
+
+
+def _assigned_number(text: str) -> WrittenNumber | None:
+    """The number that a letter is said to be: 58,500 in `N = 58,500`."""
+    assignment = _ASSIGNMENT.match(text)
+    return parse_number(text[assignment.end() :]) if assignment else None
 
 
 def _numbers_equal(gold: WrittenNumber, answer: WrittenNumber) -> bool:

@@ -46,6 +46,7 @@ class Verifier:
             num_workers=num_workers,
         )
         self._cache: dict[tuple[str, str], Verdict] = {}
+        self._alone: dict[str, Verdict] = {}  # of answers that a comparison failed on: whether they can be evaluated at all
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Verifier":
@@ -71,15 +72,28 @@ class Verifier:
         settled = [False if answer is None else settle(gold, answer) for gold, answer in pairs]
         questions = dict.fromkeys(pair for pair in settled if not isinstance(pair, bool))
         known = {pair: self._cache[pair] for pair in questions if pair in self._cache}
+        known |= {pair: verdict for pair in questions if (verdict := self._hopeless(pair)) and pair not in known}
         new = [pair for pair in questions if pair not in known]
         for pair, outcome in zip(new, self._pool.call_many(new)) if new else ():
             known[pair] = Verdict(bool(outcome.value), outcome.error)
             self._remember(pair, known[pair])
+        self._learn_from(pair for pair in new if known[pair].reason)
         return [Verdict(pair) if isinstance(pair, bool) else known[pair] for pair in settled]
 
     def are_same(self, first: str, second: str) -> bool:
         """Whether two answers of equal standing are the same: equal in either order. For grouping votes."""
         return self.check(first, second) or self.check(second, first)
+
+    def _hopeless(self, pair: tuple[str, str]) -> Verdict | None:
+        """The verdict on a pair of which one side can't be evaluated."""
+        return next((self._alone[side] for side in pair if side in self._alone and self._alone[side].reason), None)
+
+    def _learn_from(self, failed: Iterable[tuple[str, str]]) -> None:
+        """Find out which side of each failed comparison was to blame, so that a vote among n bombs costs n limits, not n^2."""
+        sides = [side for side in dict.fromkeys(side for pair in failed for side in pair) if side not in self._alone]
+        outcomes = self._pool.call_many([(side, side) for side in sides]) if sides else []
+        with self._lock:
+            self._alone |= {side: Verdict(False, outcome.error) for side, outcome in zip(sides, outcomes)}
 
     def _remember(self, pair: tuple[str, str], verdict: Verdict) -> None:
         with self._lock:
