@@ -15,6 +15,7 @@ everything elementwise count nothing. --profile adds which kernels take the time
 
 import argparse
 import itertools
+import re
 import statistics
 import sys
 import time
@@ -87,7 +88,7 @@ class Result:
     seconds_per_step: float
     matrix_limit_share: float
     peak_memory_gib: float
-    kernels: dict[str, float] = field(default_factory=dict)  # share of a step's GPU time by kernel, the largest ones
+    kernel_seconds: dict[str, float] = field(default_factory=dict)  # GPU time of a step: in all, and by kernel, the largest
 
 
 def make_model(size: str, mixer: str, device: torch.device, *, dense: bool = False) -> M1ForCausalLM:
@@ -186,19 +187,25 @@ def measure(size: str, mixer: str, stage: str, steps: int, device: torch.device,
         seconds_per_step=round(statistics.median(record["seconds"] for record in timed), 4),
         matrix_limit_share=round(rate * flops / num_ranks() / MATRIX_LIMIT, 4),
         peak_memory_gib=round(peak, 2),
-        kernels=profile(lambda: run(steps=2)) if options.profile else {},
+        kernel_seconds=profile(lambda: run(steps=2), 2) if options.profile else {},
     )
 
 
-def profile(act: Any) -> dict[str, float]:
-    """Share of the GPU's time of each of the largest kernels, by the first words of its name."""
+def profile(act: Any, steps: int) -> dict[str, float]:
+    """GPU seconds of one of the steps that `act` takes: in all, and of the largest kernels by the first words of their names."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         act()
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
-        times[event.key.split("<")[0].split("(")[0][:60]] += event.self_device_time_total
-    total = sum(times.values()) or 1
-    return {name: round(value / total, 4) for name, value in times.most_common(16)}
+        times[shorten(event.key)] += event.self_device_time_total
+    largest = {"all": sum(times.values())} | dict(times.most_common(24))
+    return {name: round(value / steps / 1e6, 5) for name, value in largest.items()}
+
+
+def shorten(kernel: str) -> str:
+    """A kernel's name without its arguments; of torch's elementwise ones, what they compute."""
+    inner = re.search(r"(\w*(?:Functor|kernel_cuda|kernel_impl|_cuda)\w*)", kernel.partition("<")[2])
+    return (kernel.split("<")[0].split("(")[0].removeprefix("void ") + (f" {inner[1]}" if inner else ""))[:80]
 
 
 def show(result: Result) -> None:
@@ -206,8 +213,8 @@ def show(result: Result) -> None:
         f"{result.size:>5} {result.mixer:6} {result.stage:8} {result.tokens_per_second:>10,.0f} tokens/s "
         f"{result.seconds_per_step:>8.3f} s/step {result.matrix_limit_share:>6.1%} of limit {result.peak_memory_gib:>6.1f} GiB"
     )
-    for name, part in result.kernels.items():
-        say(f"        {part:>6.1%} {name}")
+    for name, seconds in result.kernel_seconds.items():
+        say(f"        {seconds * 1e3:>8.2f} ms {name}")
 
 
 def parse() -> argparse.Namespace:

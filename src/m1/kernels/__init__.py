@@ -8,6 +8,7 @@ Nothing here imports another part of m1.
 from m1.kernels.activation import swiglu
 from m1.kernels.attention import paged_attention, rope_write_kv, varlen_attention, write_kv
 from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from m1.kernels.divergence import divergence_
 from m1.kernels.fp8 import fp8_linear, quantize_fp8, rms_norm_fp8, swiglu_fp8
 from m1.kernels.mamba1_step import mamba1_step
 from m1.kernels.mamba2_step import mamba2_step
@@ -21,6 +22,7 @@ __all__ = [
     "apply_rotary",
     "causal_conv1d",
     "causal_conv1d_update",
+    "divergence_",
     "fp8_linear",
     "gated_rms_norm",
     "mamba1_step",

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from m1.kernels import divergence_
 from m1.modeling import M1ForCausalLM
 from m1.training.packing import PackedBatch
 
@@ -30,11 +31,12 @@ class TokenLoss(Protocol):
     """Sums over tokens, and their gradient with respect to the logits."""
 
     names: tuple[str, ...]  # of the k sums; the first is the one that is minimised
+    takes_any_dtype: bool  # whether it reads and overwrites logits as they are on a GPU, or wants fp32 copies
 
     def __call__(
         self, logits: Tensor, teacher: Tensor | None, rows: slice, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """fp32 logits [R, V] of the tokens `rows`, free to be overwritten -> sums [k], gradient [R, V] of the first."""
+        """Logits [R, V] of the tokens `rows`, free to be overwritten -> sums [k], gradient [R, V] of the first."""
 
 
 def head_loss(token_loss: TokenLoss, student: Head, teacher: Head | None = None) -> dict[str, Tensor]:
@@ -64,9 +66,9 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         wants_gradient = wants_hidden or wants_weight
+        states, matrix = _in_compute_dtype(hidden, weight)  # before autocast is off: it says which type that is
+        teacher = _in_compute_dtype(*teacher) if teacher is not None else None
         with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
-            states, matrix = _in_compute_dtype(hidden, weight)
-            teacher = _in_compute_dtype(*teacher) if teacher is not None else None
             grad_hidden = torch.empty_like(states) if wants_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
             sums = torch.zeros(len(token_loss.names), device=hidden.device)
@@ -95,12 +97,15 @@ class _HeadLoss(torch.autograd.Function):
 def _evaluate(token_loss: TokenLoss, logits: Tensor, teacher_logits: Tensor | None, first: int, wants_gradient: bool) -> Tensor:
     """Sums [k] over one chunk; its logits [C, V] are replaced by their gradient if that is wanted."""
     sums = torch.zeros(len(token_loss.names), device=logits.device)
+    is_in_place = logits.is_cuda and token_loss.takes_any_dtype
     for block in _slices(len(logits), _block_rows(logits)):
-        mine = logits[block].to(torch.float32, copy=True)
-        theirs = teacher_logits[block].to(torch.float32, copy=True) if teacher_logits is not None else None
+        mine = logits[block] if is_in_place else logits[block].to(torch.float32, copy=True)
+        theirs = teacher_logits[block] if teacher_logits is not None else None
+        if theirs is not None and not is_in_place:
+            theirs = theirs.to(torch.float32, copy=True)
         values, gradient = token_loss(mine, theirs, slice(first + block.start, first + block.stop), wants_gradient)
         sums += values
-        if gradient is not None:
+        if gradient is not None and not is_in_place:
             logits[block] = gradient
     return sums
 
@@ -109,6 +114,7 @@ class CrossEntropy:
     """-log p(target), summed. `targets` [N]: the token that follows each position."""
 
     names: tuple[str, ...] = ("loss",)
+    takes_any_dtype = True
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
@@ -116,12 +122,8 @@ class CrossEntropy:
     def __call__(
         self, logits: Tensor, teacher: Tensor | None, rows: slice, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        targets = self.targets[rows, None]
-        log_probs = torch.log_softmax(logits, -1)
-        loss = -log_probs.gather(1, targets).sum()
-        if not wants_gradient:
-            return loss[None], None
-        return loss[None], subtract_at(log_probs.exp_(), targets, 1.0)
+        sums = divergence_(logits, None, self.targets[rows], ce_weight=1.0, wants_gradient=wants_gradient)
+        return sums.sum(0)[1:2], logits if wants_gradient else None
 
 
 class Divergence:
@@ -131,6 +133,8 @@ class Divergence:
     KL(teacher || student), reverse KL(student || teacher), both on logits / temperature; no factor temperature² is applied.
     CE is at temperature 1. With `counts_agreement`, `agreement` sums the tokens whose two most probable next tokens coincide.
     """
+
+    takes_any_dtype = True
 
     def __init__(
         self,
@@ -157,47 +161,20 @@ class Divergence:
         self, logits: Tensor, teacher: Tensor | None, rows: slice, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         assert teacher is not None, "a divergence needs the teacher's head"
-        zero = logits.new_zeros(())
-        extra = [(logits.argmax(-1) == teacher.argmax(-1)).sum()] if self.counts_agreement else []
-        needs_own_softmax = self.temperature != 1.0 and self.targets is not None
-        ce_log_probs = torch.log_softmax(logits, -1) if needs_own_softmax else None
-        if self.temperature != 1.0:
-            logits, teacher = logits.div_(self.temperature), teacher.div_(self.temperature)
-        mine, theirs = torch.log_softmax(logits, -1), torch.log_softmax(teacher, -1)
-        targets = self.targets[rows, None] if self.targets is not None else None
-        ce_source = mine if ce_log_probs is None else ce_log_probs
-        ce = -ce_source.gather(1, targets).sum() if targets is not None else zero
-        kl, gradient = (_forward_kl if self.kind == "forward" else _reverse_kl)(mine, theirs, wants_gradient)
-        if gradient is not None:
-            gradient = self._mix_in_ce(gradient, mine, ce_log_probs, targets)
-        return torch.stack([(1 - self.ce_weight) * kl + self.ce_weight * ce, kl, ce, *extra]), gradient
-
-    def _mix_in_ce(self, gradient: Tensor, probs: Tensor, ce_log_probs: Tensor | None, targets: Tensor | None) -> Tensor:
-        """Gradient of the KL, with respect to the scaled logits, -> that of the loss. `probs` [R, V] are the student's."""
-        scale = (1 - self.ce_weight) / self.temperature
-        gradient = gradient if scale == 1.0 else gradient.mul_(scale)
-        if not self.ce_weight:
-            return gradient
-        assert targets is not None
-        probs = probs if ce_log_probs is None else ce_log_probs.exp_()
-        return subtract_at(gradient.add_(probs, alpha=self.ce_weight), targets, self.ce_weight)
-
-
-def _forward_kl(mine: Tensor, theirs: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of KL(teacher || student) from log-probs [R, V], gradient p_student - p_teacher. `mine` becomes probabilities."""
-    teacher_probs = theirs.exp()
-    kl = torch.linalg.vecdot(teacher_probs, theirs.sub_(mine)).sum()
-    if not wants_gradient:
-        return kl, None
-    return kl, torch.sub(mine.exp_(), teacher_probs, out=teacher_probs)
-
-
-def _reverse_kl(mine: Tensor, theirs: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of KL(student || teacher), gradient p_student · (log ratio - KL). `mine` becomes probabilities."""
-    log_ratio = torch.sub(mine, theirs, out=theirs)
-    probs = mine.exp_()
-    kl = torch.linalg.vecdot(probs, log_ratio)  # [R]
-    return kl.sum(), log_ratio.sub_(kl[:, None]).mul_(probs) if wants_gradient else None
+        of_rows = divergence_(
+            logits,
+            teacher,
+            self.targets[rows] if self.targets is not None else None,
+            kind=self.kind,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+            wants_gradient=wants_gradient,
+            counts_agreement=self.counts_agreement,
+        )
+        kl, ce, agreement = of_rows.sum(0)
+        extra = [agreement] if self.counts_agreement else []
+        loss = (1 - self.ce_weight) * kl + self.ce_weight * ce
+        return torch.stack([loss, kl, ce, *extra]), logits if wants_gradient else None
 
 
 class TokenLogProbs:
@@ -207,6 +184,7 @@ class TokenLogProbs:
     """
 
     names: tuple[str, ...] = ("log_probs", "entropy")
+    takes_any_dtype = False
 
     def __init__(self, targets: Tensor, temperature: float = 1.0) -> None:
         self.targets, self.temperature = targets, temperature

@@ -44,6 +44,7 @@ class PolicyLoss:
     """
 
     names: tuple[str, ...] = ("loss", "entropy", "kl", "clipped", "gap", "importance")
+    takes_any_dtype = False
 
     def __init__(
         self,
