@@ -192,7 +192,7 @@ def measure(size: str, mixer: str, stage: str, steps: int, device: torch.device,
 
 
 def profile(act: Any, steps: int) -> dict[str, float]:
-    """GPU seconds of one of the steps that `act` takes: in all, and of the largest kernels by the first words of their names."""
+    """GPU seconds of one of the steps that `act` takes: in all, and of the largest kernels by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         act()
     times: Counter[str] = Counter()
