@@ -105,6 +105,13 @@ def test_quickstart(base, tmp_path):
     for name in ("transformer", "hybrid"):
         assert AutoModelForCausalLM.from_pretrained(out / name).dtype == torch.bfloat16
 
+    evaluations = [tmp_path / f"evaluated-{name}" for name in ("transformer", "hybrid")]
+    for name, directory in zip(("transformer", "hybrid"), evaluations, strict=True):
+        m1("eval", out / name, "--tasks", out / "heldout.jsonl", "--out", directory, "--samples", 2, "--suffix", "",
+           "--max-new-tokens", 4, "--device", "cpu")  # fmt: skip
+    m1("report", *evaluations)
+    assert "hybrid against transformer" in (evaluations[0] / "report.html").read_text()
+
     with pytest.raises(FileExistsError, match="--overwrite"):
         run(QuickstartConfig(base=str(base), out=str(out)))
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from m1.reasoning.problems import Problem, generate_problems, read_problems
+from m1.reasoning.problems import Problem, generate_problems, read_problems, write_problems
 
 
 def write(tmp_path, *lines):
@@ -94,3 +94,9 @@ def test_useless_generators_and_configs_are_errors(name, config, message):
         generate_problems(name, 2, seed=1, **config)
     with pytest.raises(ValueError, match="size must be at least 1"):
         generate_problems("chain_sum", 0, seed=1)
+
+
+def test_problems_are_read_as_they_were_written(tmp_path):
+    problems = [*generate_problems("lcm", 2, seed=3), Problem("a", "x\u2028 ü?", "5", metadata={"level": 3})]
+    write_problems(tmp_path / "problems.jsonl", problems)
+    assert read_problems(tmp_path / "problems.jsonl") == problems

@@ -31,6 +31,7 @@ from m1.quickstart.findings import Findings, accuracy_line, describe_device, sum
 from m1.quickstart.page import write_page
 from m1.quickstart.problems import answers_of, draw_problems, solutions_to, to_prompt
 from m1.quickstart.recipe import Recipe, middle_layers, recipe_for
+from m1.reasoning.problems import write_problems
 from m1.reasoning.verify import Verifier
 from m1.reasoning.voting import majority_vote
 from m1.storage import GIB, git_revision, new_directory, require_disk, require_memory, write_json, write_run_record
@@ -233,7 +234,7 @@ class Quickstart:
             write_run_record(path, "quickstart", dataclasses.asdict(self.config), recipe=dataclasses.asdict(self.recipe))
 
     def finish(self) -> None:
-        """results.json, report.html, and what to do next."""
+        """results.json, report.html, heldout.jsonl, and what to do next."""
         found = self.findings
         found.setting |= {
             "command": shlex.join(["m1", *map(without_directory, sys.argv[1:])]),
@@ -245,8 +246,11 @@ class Quickstart:
             "revision": git_revision(),
         }
         write_json(self.out / "results.json", dataclasses.asdict(found))
+        write_problems(self.out / "heldout.jsonl", self.heldout)
         write_page(found, self.out / "report.html")
         self.console.print(summary_table(found))
         self.console.print(f"[bold]Done in {found.setting['seconds']:.0f} s.[/] The report: {self.out / 'report.html'}")
         solve = f"m1 solve {self.heldout[0].problem!r} --model {self.out / 'hybrid'}"
-        self.say(f"Next: {solve} --suffix '' --max-new-tokens {self.recipe.max_new_tokens}")
+        shared = f"--suffix '' --max-new-tokens {self.recipe.max_new_tokens}"
+        self.say(f"Next: {solve} {shared}")
+        self.say(f"or:   m1 eval {self.out / 'hybrid'} --tasks {self.out / 'heldout.jsonl'} --samples 16 {shared}")

@@ -5,12 +5,13 @@ How a completion is scored against a problem is in `rewards.py`; how a problem b
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m1.json_lines import numbered_lines
+from m1.storage import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,14 @@ def _parse_line(line: bytes, where: str, default_id: str) -> Problem:
         raise ValueError(f"{where}: the problem is empty")
     identity, reward = str(record.pop("id", default_id)), str(record.pop("reward", "math"))
     return Problem(identity, problem, answer.strip(), reward, record)
+
+
+def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
+    """Write problems as the JSON lines that `read_problems` reads back as they were."""
+    lines = [
+        {"id": one.id, "problem": one.problem, "answer": one.answer, "reward": one.reward, **one.metadata} for one in problems
+    ]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def generate_problems(name: str, size: int, seed: int, **config: Any) -> list[Problem]:
