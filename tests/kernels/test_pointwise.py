@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from m1.kernels import apply_rotary, gated_rms_norm, rms_norm, swiglu
+from m1.kernels import apply_rotary, gated_rms_norm, rms_norm, rotary_state_heads, swiglu
 from tests.kernels.compare import assert_close, gradients_and_outputs
 from tests.numerics import REL_RMS
 
@@ -77,6 +77,28 @@ def test_rotary_is_a_rotation_of_pairs_of_halves() -> None:
     compare(lambda x: (apply_rotary(x, cos, sin),), formula, {"x": random(9, 3, 8)})
 
 
+def test_state_heads_are_every_nth_pair_of_a_rotated_head() -> None:
+    """Each number by its place: group g, member m, narrow head n of three, pair p of two, half 0 or 1."""
+    cos, sin = torch.randn(2, 4, 12)
+    x = random(4, 6, 12)  # 2 groups of 3 heads
+
+    def op(x: Tensor) -> tuple[Tensor]:
+        return (rotary_state_heads(x, cos, sin, num_groups=2, width=4),)
+
+    def formula(x: Tensor) -> tuple[Tensor]:
+        half = torch.cat([-x[..., 6:], x[..., :6]], -1)
+        rotated = x * cos[:, None].to(x.dtype) + half * sin[:, None].to(x.dtype)
+        heads = [
+            torch.stack([rotated[:, 3 * g + m, 6 * part + 3 * p + n] for part in range(2) for p in range(2)], -1)
+            for g in range(2)
+            for n in range(3)
+            for m in range(3)
+        ]
+        return (torch.stack(heads, 1),)
+
+    compare(op, formula, {"x": x})
+
+
 def test_rotary_is_transformers_rotary() -> None:
     x, angles = random(9, 3, 8), torch.rand(9, 8) * 6  # other angles in the two halves
     cos, sin = angles.cos(), angles.sin()
@@ -103,6 +125,8 @@ def test_swiglu(shape: tuple[int, ...]) -> None:
         ("z", lambda: gated_rms_norm(torch.ones(3, 2, 4), torch.ones(3, 4, 2), torch.ones(8), EPS)),
         ("weight", lambda: gated_rms_norm(torch.ones(3, 2, 4), torch.ones(3, 2, 4), torch.ones(4), EPS)),
         ("x", lambda: apply_rotary(torch.ones(3, 2, 5), torch.ones(3, 5), torch.ones(3, 5))),
+        ("width", lambda: rotary_state_heads(torch.ones(3, 2, 12), *torch.ones(2, 3, 12), num_groups=1, width=8)),
+        ("x", lambda: rotary_state_heads(torch.ones(3, 2, 12), *torch.ones(2, 3, 12), num_groups=4, width=4)),
         ("cos", lambda: apply_rotary(torch.ones(3, 2, 4), torch.ones(3, 2), torch.ones(3, 4))),
         ("sin", lambda: apply_rotary(torch.ones(3, 2, 4), torch.ones(3, 4), torch.ones(2, 4))),
         ("gate", lambda: swiglu(torch.ones(3, dtype=torch.int64), torch.ones(3))),

@@ -155,6 +155,26 @@ def test_apply_rotary(shape: tuple[int, int, int], dtype: torch.dtype, device: s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_groups", "head_width", "width"), [(1, 1, 1, 16, 16), (5, 6, 2, 24, 4), (3, 7, 1, 64, 16)]
+)
+def test_rotary_state_heads(
+    num_tokens: int, num_heads: int, num_groups: int, head_width: int, width: int, dtype: torch.dtype, device: str
+) -> None:
+    torch.manual_seed(9)
+    x = _random(num_tokens, 2 * num_heads, head_width, dtype=dtype, device=device)[:, ::2]
+    cos, sin = (_random(num_tokens, head_width, dtype=torch.float32, device=device) for _ in range(2))
+    options = {"num_groups": num_groups, "width": width}
+    _compare(
+        lambda *a: rope.rotary_state_heads(*a, **options),
+        lambda *a: rope_reference.rotary_state_heads(*a, **options),
+        [x, cos, sin],
+        1,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2500), (4, 3, 130)])
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(6)
@@ -187,6 +207,13 @@ def test_model_sizes(num_tokens: int, hidden: int, intermediate: int, heads: int
     q, z = (_random(num_tokens, heads, width, dtype=dtype, device=device) for _ in range(2))
     cos, sin = (_random(num_tokens, width, dtype=torch.float32, device=device) for _ in range(2))
     _compare(rope.apply_rotary, rope_reference.apply_rotary, [q, cos, sin], 1, dtype)
+    _compare(
+        lambda *a: rope.rotary_state_heads(*a, num_groups=heads // 3 if heads % 3 == 0 else 2, width=16),
+        lambda *a: rope_reference.rotary_state_heads(*a, num_groups=heads // 3 if heads % 3 == 0 else 2, width=16),
+        [q, cos, sin],
+        1,
+        dtype,
+    )
     head_weight = 1 + 0.3 * _random(heads * width, dtype=dtype, device=device)
     _compare(
         lambda x, z, w: norm.gated_rms_norm(x, z, w, 1e-5),

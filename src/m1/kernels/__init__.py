@@ -13,7 +13,7 @@ from m1.kernels.fp8 import fp8_linear, quantize_fp8, rms_norm_fp8, swiglu_fp8
 from m1.kernels.mamba1_step import mamba1_step
 from m1.kernels.mamba2_step import mamba2_step
 from m1.kernels.norm import gated_rms_norm, rms_norm
-from m1.kernels.rope import apply_rotary
+from m1.kernels.rope import apply_rotary, rotary_state_heads
 from m1.kernels.sampling import sample
 from m1.kernels.selective_scan import selective_scan, selective_state_update
 from m1.kernels.ssd import ssd_scan, ssd_state_update
@@ -32,6 +32,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_write_kv",
+    "rotary_state_heads",
     "sample",
     "selective_scan",
     "selective_state_update",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from m1.kernels import apply_rotary, causal_conv1d, mamba1_step, selective_scan
+from m1.kernels import causal_conv1d, mamba1_step, rotary_state_heads, selective_scan
 from m1.modeling.attention import RMSNorm
 from m1.modeling.configuration import M1Config
 from m1.modeling.state import ModelState, SequenceLayout
@@ -89,9 +89,7 @@ class Mamba1Mixer(nn.Module):
         width = self.config.d_state
         if not self.config.mixer_rope:
             return x.reshape(x.shape[0], -1, width)
-        x = apply_rotary(x, *rotary).unflatten(-1, (2, width // 2, -1)).unflatten(1, (self.config.num_key_value_heads, -1))
-        x = x.permute(0, 1, 5, 2, 3, 4)  # from [T, group, member, half, pair, narrow head]
-        return x.reshape(x.shape[0], -1, width)
+        return rotary_state_heads(x, *rotary, num_groups=self.config.num_key_value_heads, width=width)
 
     def _dynamics(self) -> tuple[Tensor, dict[str, Any]]:
         """The logarithm of the rates A [H, P, N], and D and the bias of the step size [H, P]; fp32."""

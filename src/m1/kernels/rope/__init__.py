@@ -1,8 +1,8 @@
-"""Rotary position embedding: checks and dispatch; the tables of cosines and sines are the model's business."""
+"""Rotary position embedding, of attention's heads and of a mixer's: checks and dispatch. The model makes the tables."""
 
 from torch import Tensor
 
-from m1.kernels.dispatch import implementation_for, require, require_rank, require_tensor
+from m1.kernels.dispatch import implementation_for, require, require_groups, require_rank, require_tensor
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,3 +24,27 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require_tensor("sin", sin, "T K", (num_tokens, width), x)
     implementation = implementation_for(x, __name__)
     return implementation.apply_rotary(x, cos, sin)
+
+
+def rotary_state_heads(x: Tensor, cos: Tensor, sin: Tensor, *, num_groups: int, width: int) -> Tensor:
+    """Rotate as apply_rotary does, and deal each head's rotated pairs out to K/width narrow heads of the Mamba-1 mixer.
+
+    A narrow head takes every (K/width)-th pair, both numbers of it, so that its inner products depend on the distance alone.
+    Narrow heads stand in the order (group, narrow head, member of the group), as the scan's grouping wants them.
+
+    Args:
+        x: [T, heads, K], head h in group h // (heads / num_groups); cos, sin: [T, K].
+        num_groups: key/value heads; width: N, the numbers of a narrow head, an even divisor of K.
+    Returns:
+        [T, heads · K / width, width] in x's dtype: the first numbers of the pairs, then the second. Differentiable in x.
+    Raises:
+        ValueError: for a wrong shape, dtype, device, number of groups or width.
+    """
+    require_rank("x", x, "T heads K")
+    num_tokens, num_heads, head_width = x.shape
+    require_groups("x", num_heads, num_groups)
+    require(width > 0 and width % 2 == 0 and head_width % width == 0, "width", f"an even divisor of K={head_width}", width)
+    require_tensor("cos", cos, "T K", (num_tokens, head_width), x)
+    require_tensor("sin", sin, "T K", (num_tokens, head_width), x)
+    implementation = implementation_for(x, __name__)
+    return implementation.rotary_state_heads(x, cos, sin, num_groups=num_groups, width=width)
