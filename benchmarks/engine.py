@@ -61,6 +61,8 @@ def make_engine(model: M1ForCausalLM, num_sequences: int, longest: int, argument
         page_size=PAGE_SIZE,
         max_num_batched_tokens=max(arguments.budget, 2 * num_sequences),
         enable_prefix_caching=False,
+        state_dtype=torch.bfloat16 if arguments.fp8 else torch.float32,
+        kv_cache_dtype="fp8" if arguments.fp8 else "auto",
         enforce_eager=arguments.eager,
         num_steps_ahead=arguments.ahead,
     )
@@ -103,14 +105,17 @@ def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: 
     return begin.elapsed_time(end) / 1000 / num_steps
 
 
-def measure_steps(engine: Engine, num_sequences: int, longest: int) -> list[dict[str, Any]]:
+def measure_steps(engine: Engine, num_sequences: int, longest: int, is_fp8: bool) -> list[dict[str, Any]]:
     assert engine.runner.state is not None
     for stack in (*engine.runner.state.slot_stacks, *engine.runner.state.page_stacks):
         for layer in stack:
-            layer.normal_(0, 0.5)
+            if layer.dtype == torch.uint8:  # e4m3 numbers between -1 and 1
+                layer.random_(0, 56).add_(128 * torch.randint_like(layer, 2))
+            else:
+                layer.normal_(0, 0.5)
     found = []
     for context in sorted({PROMPT, longest // 2, longest - 64}):
-        cost = step_cost(engine.model, num_sequences, context)
+        cost = step_cost(engine.model, num_sequences, context, is_fp8)
         seconds = decode_seconds(engine, num_sequences, context)
         found.append(
             {"context": context, "milliseconds": 1000 * seconds, "limit_milliseconds": 1000 * cost.seconds} | asdict(cost)
@@ -203,6 +208,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, help="model/sequences/new tokens or reasoner")
     parser.add_argument("--measures", nargs="+", choices=["steps", "profile", "run"], default=["steps", "profile", "run"])
     parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1")
+    parser.add_argument("--fp8", action="store_true", help="fp8 weights, fp8 keys and values, bf16 states")
     parser.add_argument("--budget", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--ahead", type=int, help="steps launched before one is read")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
@@ -213,14 +219,17 @@ def main() -> None:
         name, count, tokens = case.split("/")
         if name not in models:
             models.clear()
-            models[name] = random_model(name, arguments.mixer)
+            models[name] = random_model(name, arguments.mixer, arguments.fp8)
             torch.cuda.empty_cache()
         print(case, flush=True)
         longest = longest_of(tokens)
         engine = make_engine(models[name], int(count), longest, arguments)
-        result: dict[str, Any] = {"case": case}
+        result: dict[str, Any] = {
+            "case": case,
+            "mode": "fp8 weights, fp8 keys and values, bf16 states" if arguments.fp8 else "bf16",
+        }
         if "steps" in arguments.measures:
-            result["steps"] = measure_steps(engine, int(count), longest)
+            result["steps"] = measure_steps(engine, int(count), longest, arguments.fp8)
         if "profile" in arguments.measures:
             result["profile"] = measure_profile(engine, case)
         if "run" in arguments.measures:

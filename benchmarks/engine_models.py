@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from m1.engine.fp8 import Fp8Linear
 from m1.engine.weights import sampling_copy
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.state import ModelState
@@ -49,19 +51,20 @@ def config_of(name: str, mixer: str = "mamba1") -> M1Config:
     return M1Config(**fields, layer_types=kinds, mixer=mixer)
 
 
-def random_model(name: str, mixer: str = "mamba1", device: str = "cuda") -> M1ForCausalLM:
-    """bf16 weights as the engine lays out its own; the mixers' dynamics in fp32."""
+def random_model(name: str, mixer: str = "mamba1", is_fp8: bool = False, device: str = "cuda") -> M1ForCausalLM:
+    """bf16 weights (or fp8 ones) as the engine lays out its own; the mixers' dynamics in fp32."""
     torch.manual_seed(0)
     with torch.device(device):
         model = M1ForCausalLM(config_of(name, mixer)).eval()
-    return sampling_copy(model, torch.bfloat16)
+    return sampling_copy(model, torch.bfloat16, is_fp8)
 
 
 @dataclass(frozen=True)
 class StepCost:
     """What a decode step of n sequences with `context` tokens each must move and compute.
 
-    weight_bytes: every matrix once; state_bytes: read and written; cache_bytes: keys and values read; flops: of the products.
+    weight_bytes: every matrix once; state_bytes: read and written; cache_bytes: keys and values read; flops: of the products,
+    8-bit ones counted half.
     """
 
     weight_bytes: float
@@ -75,18 +78,19 @@ class StepCost:
         return max(self.weight_bytes / BANDWIDTH, self.flops / FLOPS) + (self.state_bytes + self.cache_bytes) / BANDWIDTH
 
 
-def step_cost(model: M1ForCausalLM, num_sequences: int, context: float, state_dtype: torch.dtype = torch.float32) -> StepCost:
-    config = model.config
-    matrices = [
-        p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name and "A_log" not in name
-    ]
-    if config.tie_word_embeddings:
-        matrices.append(model.model.embed_tokens.weight)  # as the head
-    num_weights = sum(p.numel() for p in matrices)
-    cache = ModelState.bytes_per_page(config, 1, torch.bfloat16)
+def step_cost(model: M1ForCausalLM, num_sequences: int, context: float, is_fp8: bool = False) -> StepCost:
+    """is_fp8: keys and values of 8 bits and states of 16, beside what the model's own layers hold."""
+    num_weights, weight_bytes = 0, 0
+    for module in model.modules():
+        weight = module.values if isinstance(module, Fp8Linear) else getattr(module, "weight", None)
+        if isinstance(module, (nn.Linear, Fp8Linear)):
+            num_weights += weight.numel()
+            weight_bytes += weight.numel() * weight.element_size()
+    state_dtype = torch.bfloat16 if is_fp8 else torch.float32
+    key_dtype = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
     return StepCost(
-        weight_bytes=sum(p.numel() * p.element_size() for p in matrices),
-        state_bytes=2.0 * num_sequences * ModelState.bytes_per_slot(config, torch.bfloat16, state_dtype),
-        cache_bytes=num_sequences * context * cache,
-        flops=2.0 * num_sequences * num_weights,
+        weight_bytes=weight_bytes,
+        state_bytes=2.0 * num_sequences * ModelState.bytes_per_slot(model.config, torch.bfloat16, state_dtype),
+        cache_bytes=num_sequences * context * ModelState.bytes_per_page(model.config, 1, key_dtype),
+        flops=2.0 * num_sequences * num_weights / (2 if is_fp8 else 1),
     )
