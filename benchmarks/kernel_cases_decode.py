@@ -9,6 +9,7 @@ A case allocates nothing until `build` is called; what `build` returns is a list
 turn: together the sets exceed the 50 MB of L2, so that no call finds its inputs there.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -175,14 +176,14 @@ def _write_case(model: str, tokens: int, is_rotating: bool, dtype: torch.dtype) 
 
 
 def _pointwise_case(
-    name: str, bytes_moved: int, module: str, op: str, inputs: Callable[[], list[Any]], num_grads: int = 0
+    name: str, bytes_moved: int, module: str, op: str, inputs: Callable[[], list[Any]], num_grads: int = 0, **options: Any
 ) -> Case:
-    """A differentiable op of m1.kernels.<module>; with num_grads, only the backward to its first inputs is timed."""
+    """An op of m1.kernels.<module>; with num_grads, only the backward to its first inputs is timed. options: its keywords."""
 
     def build_for(implementation: str) -> Calls:
         import importlib
 
-        function = getattr(importlib.import_module(f"m1.kernels.{module}.{implementation}"), op)
+        function = functools.partial(getattr(importlib.import_module(f"m1.kernels.{module}.{implementation}"), op), **options)
         calls: Calls = []
         for _ in range(min(_sets(bytes_moved), 32)):
             given = inputs()
@@ -200,7 +201,7 @@ def _pointwise_case(
 
 
 def _pointwise_cases(model: str, tokens: int) -> list[Case]:
-    hidden, intermediate, heads, _, width, _ = MODELS[model]
+    hidden, intermediate, heads, groups, width, _ = MODELS[model]
     row, wide, head = tokens * hidden * 2, tokens * intermediate * 2, tokens * heads * width * 2
 
     def norm_inputs(count: int) -> Callable[[], list[Any]]:
@@ -216,6 +217,7 @@ def _pointwise_cases(model: str, tokens: int) -> list[Case]:
         return list(_randn(tokens, 2 * intermediate).chunk(2, -1))
 
     label = f"{model} {tokens} tokens"
+    narrow = {"num_groups": groups, "width": 16}
     return [
         _pointwise_case(f"rms_norm {label}", 2 * row, "norm", "rms_norm", norm_inputs(1)),
         _pointwise_case(f"rms_norm + residual {label}", 4 * row, "norm", "rms_norm", norm_inputs(2)),
@@ -225,9 +227,60 @@ def _pointwise_cases(model: str, tokens: int) -> list[Case]:
         _pointwise_case(f"gated_rms_norm backward {label}", 5 * head, "norm", "gated_rms_norm", gated_inputs, 3),
         _pointwise_case(f"rope {label}", 2 * head + tokens * width * 8, "rope", "apply_rotary", rotary_inputs),
         _pointwise_case(f"rope backward {label}", 2 * head + tokens * width * 8, "rope", "apply_rotary", rotary_inputs, 1),
+        _pointwise_case(f"state heads {label}", 2 * head, "rope", "rotary_state_heads", rotary_inputs, **narrow),
+        _pointwise_case(f"state heads backward {label}", 2 * head, "rope", "rotary_state_heads", rotary_inputs, 1, **narrow),
         _pointwise_case(f"swiglu {label}", 3 * wide, "activation", "swiglu", gate_and_up),
         _pointwise_case(f"swiglu backward {label}", 5 * wide, "activation", "swiglu", gate_and_up, 2),
     ]
+
+
+def _fp8_cases(model: str, tokens: int) -> list[Case]:
+    """What an 8-bit decoding step adds: quantisation, and its products (the reference is cuBLAS's product in bf16)."""
+    hidden, intermediate, heads, groups, width, vocabulary = MODELS[model]
+    inner, shared = heads * width, groups * width
+    shapes = {
+        "in_proj": (-(-(2 * inner + 2 * shared + -(-hidden // 16)) // 16) * 16, hidden),
+        "out_proj": (hidden, inner),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+        "head": (vocabulary, hidden),
+    }
+
+    def product(num_outputs: int, inputs: int, is_fp8: bool) -> Calls:
+        from m1.kernels import fp8_linear, quantize_fp8
+
+        x, calls = _randn(tokens, inputs), []
+        for _ in range(min(_sets(num_outputs * inputs), 40)):
+            weight = _randn(num_outputs, inputs)
+            given = (*quantize_fp8(x), *quantize_fp8(weight))
+            if is_fp8:
+                calls.append(functools.partial(fp8_linear, *given))
+            else:
+                calls.append(functools.partial(torch.nn.functional.linear, x, weight))
+        return calls
+
+    label = f"{model} {tokens} tokens"
+    row, wide = tokens * hidden, tokens * intermediate
+    found = [
+        _pointwise_case(f"quantize_fp8 {label}", 3 * row, "fp8", "quantize_fp8", lambda: [_randn(tokens, hidden)]),
+        _pointwise_case(
+            f"rms_norm_fp8 + residual {label}", 7 * row, "fp8", "rms_norm_fp8",
+            lambda: [_randn(tokens, hidden), _randn(hidden), 1e-5, _randn(tokens, hidden)],
+        ),
+        _pointwise_case(
+            f"swiglu_fp8 {label}", 5 * wide, "fp8", "swiglu_fp8", lambda: list(_randn(tokens, 2 * intermediate).chunk(2, -1))
+        ),
+    ]  # fmt: skip
+    for name, (num_outputs, inputs) in shapes.items():
+        build = functools.partial(product, num_outputs, inputs)
+        bytes_moved = num_outputs * inputs + tokens * (inputs + 2 * num_outputs)
+        found.append(
+            Case(
+                f"fp8_linear {name} {label}", bytes_moved, functools.partial(build, True), functools.partial(build, False),
+                flops=tokens * num_outputs * inputs,  # 8-bit products have twice the rate
+            )
+        )  # fmt: skip
+    return found
 
 
 def _sample_case(model: str, rows: int, dtype: torch.dtype, spread: float, label: str, **filters: float) -> Case:
@@ -290,6 +343,8 @@ def cases() -> list[Case]:
         found += [_write_case("3B", tokens, is_rotating, dtype) for is_rotating in (False, True) for dtype in (bf16, fp8)]
     for model, tokens in (("3B", 512), ("3B", 16384), ("0.5B", 16384)):
         found += _pointwise_cases(model, tokens)
+    for model, tokens in (("3B", 32), ("3B", 128), ("3B", 512), ("0.5B", 1024)):
+        found += _fp8_cases(model, tokens)
     for model, rows in (("3B", 1), ("3B", 128), ("3B", 512), ("0.5B", 1024)):
         found.append(_sample_case(model, rows, torch.float32, 4.0, "temperature"))
     found += [
