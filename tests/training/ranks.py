@@ -134,9 +134,9 @@ def start_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group
     return processes
 
 
-def run_ranks(count: int, act: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True) -> None:
     """`act(*arguments)` on `count` ranks, until all have succeeded."""
-    processes = start_ranks(count, act, *arguments)
+    processes = start_ranks(count, act, *arguments, has_group=has_group)
     join(processes)
     assert [process.exitcode for process in processes] == [0] * count
 

@@ -180,6 +180,25 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
     assert checkpoints_of(out) == ["step-00000004", "step-00000002"]
 
 
+class InterruptedOnTheLastRank(SFTStage):
+    def draw(self, step):
+        if step == 4 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().draw(step)
+
+
+def interrupt(out):
+    run_and_tell(out, {"checkpoint_every": 3}, InterruptedOnTheLastRank, KeyboardInterrupt)
+
+
+def test_an_interrupted_rank_stops_all_after_the_same_step(tmp_path):
+    out = tmp_path / "out"
+    ranks.run_ranks(2, interrupt, out)
+    assert (out / "error-0").exists()
+    assert (out / "error-1").exists()
+    assert checkpoints_of(out) == ["step-00000005", "step-00000003"]
+
+
 class FullAtStep5(SFTStage):
     """From there on, the last rank's files can't grow beyond 20 kB, which a checkpoint does."""
 

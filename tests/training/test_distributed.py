@@ -1,10 +1,20 @@
 """Several ranks: the same training as on one, whatever is divided how."""
 
+import contextlib
+import itertools
+import json
+import os
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from m1.config import DistillConfig
+from m1.modeling.loading import load_model, load_tokenizer
+from m1.training import distill as distill_module
+from m1.training import distributed
 from tests.numerics import RANKS_EQUAL_ONE, rel_rms
-from tests.training import ranks
+from tests.training import ranks, tiny
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +36,64 @@ def test_two_ranks_train_as_one_does(name, on_two, tmp_path):
     assert weights.keys() == weights_of_two.keys()
     for key, weight in weights.items():
         assert rel_rms(weights_of_two[key], weight) < tolerance, key
+
+
+def run_command(root, out):
+    """`m1 distill` as `torchrun` starts it: each rank sets up the process group itself."""
+    config = DistillConfig(
+        model=str(root / "hybrid"),
+        teacher=str(root / "teacher"),
+        data=[str(root / "sums.jsonl")],
+        out=str(out),
+        steps=4,
+        tokens_per_step=200,
+        tokens_per_batch=100,
+        max_length=100,
+        export_every=3,
+        device="cpu",
+        precision="float32",
+        dtype="float32",
+        shard_teacher=True,
+        cache_dir=str(root / "cache"),
+    )
+    with open(f"{out}.printed-{os.environ.get('RANK', 'alone')}", "w") as file, contextlib.redirect_stdout(file):
+        distill_module.run(config)
+
+
+def test_the_command_on_two_ranks(tmp_path):
+    for name, attention in (("hybrid", (1,)), ("teacher", (0, 1))):
+        tiny.model("mamba2", attention=attention, vocab_size=259).save_pretrained(tmp_path / name)
+        tiny.byte_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks.run_ranks(2, run_command, tmp_path, two, has_group=False)
+    run_command(tmp_path, one)
+    assert len(list((tmp_path / "cache" / "documents").iterdir())) == 1
+    printed = (tmp_path / "two.printed-0").read_text()
+    assert "on 2 ranks of cpu, in float32" in printed
+    assert f"The model is in {two}" in printed
+    assert (tmp_path / "two.printed-1").read_text() == ""
+    assert len((two / "metrics.jsonl").read_text().splitlines()) == 4
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    for place in ("", "exports/step-00000003"):
+        mine, theirs = (load_model(out / place) for out in (one, two))
+        assert (one / place / "config.json").read_text() == (two / place / "config.json").read_text()
+        for name, weight in mine.named_parameters():
+            assert rel_rms(theirs.get_parameter(name), weight) < RANKS_EQUAL_ONE[torch.float32], name
+    assert not torch.equal(load_model(two / "exports/step-00000003").lm_head.weight, load_model(two).lm_head.weight)
+    assert load_tokenizer(two / "exports/step-00000003").eos_token_id == 0
+    assert not any(path.name.startswith("lm_head") for path in two.iterdir())
+    assert "lm_head.weight" not in load_file(two / "model.safetensors")  # tied
+
+
+def test_each_item_is_one_ranks(monkeypatch):
+    """And all ranks have as many, the rest being fillers."""
+    for count, size in itertools.product(range(1, 6), range(12)):
+        monkeypatch.setattr(distributed, "num_ranks", lambda count=count: count)
+        shares = []
+        for number in range(count):
+            monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+            shares.append(distributed.share(list(range(size))))
+        assert {len(share) for share in shares} == {-(-size // count)}
+        assert sorted(item for share in shares for item, counts in share if counts) == list(range(size))

@@ -257,6 +257,38 @@ def test_gradient_checkpointing_changes_nothing(uninterrupted, tmp_path):
     assert_equal(run(tmp_path / "out", gradient_checkpointing=True), uninterrupted[0])
 
 
+def test_the_average_of_the_weights(tmp_path, uninterrupted):
+    """After every step, average <- 0.7 · average + 0.3 · weights; it is what a run ends with, resumed or not."""
+    seen = []
+
+    class Recording(InterruptedStage):
+        def draw(self, step):
+            seen.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+            return super().draw(step)
+
+    config = make_config(ema_decay=0.7)
+    model = tiny.model()
+    select_trainable(model, ["embeddings"])
+    train(model, Recording(model, config), config, progress=False)
+    seen.append(dict(uninterrupted[0].named_parameters()))
+    for name, average in model.named_parameters():
+        expected = seen[0][name]
+        for weights in seen[1:]:
+            expected = 0.7 * expected + 0.3 * weights[name]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError, match="lost"):
+        run(tmp_path / "out", at=3, failure=fail, ema_decay=0.7, export_every=2)
+    resumed = run(tmp_path / "out", ema_decay=0.7, export_every=2)
+    assert_equal(resumed, model)
+    exports = sorted((tmp_path / "out" / "exports").iterdir())
+    assert [path.name for path in exports] == ["step-00000002", "step-00000004"]  # the last one is the run's own
+    average_of_two = 0.7 * (0.7 * seen[0]["model.norm.weight"] + 0.3 * seen[1]["model.norm.weight"])
+    average_of_two += 0.3 * seen[2]["model.norm.weight"]
+    torch.testing.assert_close(load_file(exports[0] / "model.safetensors")["model.norm.weight"], average_of_two)
+    with pytest.raises(ValueError, match=r"--ema-decay: expected 0 \(none\) or a number between 0 and 1"):
+        run(tmp_path / "other", ema_decay=1.0)
+
+
 def test_a_step_without_updates_is_logged_and_changes_nothing():
     class Empty(InterruptedStage):
         def draw(self, step):
