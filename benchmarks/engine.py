@@ -31,6 +31,7 @@ from engine_models import random_model, step_cost
 from engine_profile import profile
 
 from m1.engine import Engine, SamplingParams
+from m1.engine.graphs import Key, next_of
 from m1.modeling import M1ForCausalLM
 from m1.storage import git_revision, write_json
 
@@ -84,15 +85,15 @@ def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: 
     runner._integers[0, :num_sequences] = torch.randint(1, 1000, (num_sequences,), device="cuda")
     runner._integers[1, :num_sequences] = context
     runner._floats[0, :num_sequences] = 0.7
-    rows = torch.from_numpy(runner.pad(slots.cpu().numpy(), graphs.sizes)).cuda() if graphs else slots
-    width = next(width for width in runner._widths if width >= pages)
+    key = Key(next_of(graphs.sizes, num_sequences), next_of(graphs.widths, pages), 0) if graphs else None
+    rows = torch.from_numpy(runner.pad(slots.cpu().numpy(), key.size)).cuda() if key else slots
 
     @torch.inference_mode()
     def step() -> None:
-        if graphs:
-            graphs.run(runner.decode, rows, width, 0)
+        if key:
+            graphs.run(runner.decode, key, rows)
         else:
-            runner.decode(rows, width, 0)
+            runner.decode(rows, pages)
 
     for _ in range(4):
         step()
@@ -194,10 +195,12 @@ def measure_run(engine: Engine, case: str) -> dict[str, Any]:
         "preemptions": after.num_preemptions - before.num_preemptions,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "graphs": graphs.num_captured if graphs else 0,
+        "capture_seconds": graphs.capture_seconds if graphs else 0.0,
     }
     print(
         f"  run: {total:,} tokens in {seconds:.2f} s: {total / seconds:,.0f} tokens/s; {found['steps']} steps, "
-        f"{found['preemptions']} preemptions, {found['graphs']} graphs, peak {found['peak_memory_gib']:.1f} GiB",
+        f"{found['preemptions']} preemptions, {found['graphs']} graphs ({found['capture_seconds']:.1f} s), "
+        f"peak {found['peak_memory_gib']:.1f} GiB",
         flush=True,
     )
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m1.engine import Engine, SamplingParams
-from m1.engine.graphs import batch_sizes, next_of, table_widths
+from m1.engine.graphs import PATIENCE, DecodeGraphs, Key, batch_sizes, next_of, table_widths
 from m1.engine.runner import ModelRunner
 from tests.engine.models import VARIANTS, random_prompts, tiny_engine, tiny_model
 from tests.numerics import ENGINE_LOGPROBS, REL_RMS, rel_rms
@@ -47,7 +47,7 @@ def test_padding_touches_nothing_but_scratch(variant):
     engine = engine_under_way(variant)
     slots = engine.scheduler.table.active_slots()
     plain, padded, before = copy_of(engine.runner), copy_of(engine.runner), copy_of(engine.runner)
-    rows = padded.pad(slots, [4, 8])
+    rows = padded.pad(slots, 8)
     assert rows.tolist() == [*slots.tolist(), *[padded.scratch_slot] * 3]
     for _ in range(6):  # scratch rows stay where they are, however long it goes on
         expected, results = decode(plain, slots, plain.max_width), decode(padded, rows, padded.max_width)
@@ -79,6 +79,22 @@ def test_sizes_waste_little():
     assert table_widths(1000) == [16, 64, 256, 1000]
 
 
+def test_only_what_comes_often_is_captured():
+    """Before, a step runs in the smallest graph that has room, if that is not more than twice too large."""
+    graphs = DecodeGraphs(600, 100, 600, torch.device("cpu"))
+    wanted = Key(64, 16, 0)
+    assert [graphs.choose(40, 3, 0) for _ in range(PATIENCE)] == [None] * PATIENCE
+    assert graphs.choose(40, 3, 0) == wanted
+    graphs._captured = dict.fromkeys([Key(128, 16, 0), Key(128, 64, 0), Key(96, 100, 0), Key(512, 16, 20)], (None, ()))
+    assert graphs.choose(120, 16, 0) == Key(128, 16, 0)
+    assert graphs.choose(70, 16, 0) == Key(96, 100, 0)
+    assert graphs.choose(90, 30, 0) == Key(96, 100, 0)
+    assert graphs.choose(100, 30, 0) == Key(128, 64, 0)
+    assert graphs.choose(20, 16, 0) is None  # 32 rows, and 96 are too many
+    assert graphs.choose(400, 16, 20) == Key(512, 16, 20)
+    assert graphs.choose(120, 16, 20) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_graph_is_its_eager_step(variant):
@@ -87,12 +103,12 @@ def test_a_graph_is_its_eager_step(variant):
     eager, captured = copy_of(engine.runner), copy_of(engine.runner)
     captured._uses_graphs = True
     graphs = captured._current_graphs()
-    slots = torch.as_tensor(eager.pad(engine.scheduler.table.active_slots(), graphs.sizes), device="cuda")
-    width = eager._widths[-1]
+    key = Key(next_of(graphs.sizes, 5), eager.max_width, 3)
+    slots = torch.as_tensor(eager.pad(engine.scheduler.table.active_slots(), key.size), device="cuda")
     with torch.inference_mode():
         for _ in range(4):
-            expected = [t.clone() for t in eager.decode(slots, width, 3)]
-            for mine, other in zip(graphs.run(captured.decode, slots, width, 3), expected, strict=True):
+            expected = [t.clone() for t in eager.decode(slots, key.width, 3)]
+            for mine, other in zip(graphs.run(captured.decode, key, slots), expected, strict=True):
                 assert torch.equal(mine[:5], other[:5])
     assert graphs.num_captured == 1
     for mine, other in zip(states_of(captured), states_of(eager), strict=True):
@@ -101,12 +117,13 @@ def test_a_graph_is_its_eager_step(variant):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_engine_with_graphs_is_the_engine_without(variant):
+def test_the_engine_with_graphs_is_the_engine_without(variant, monkeypatch):
     """Sequences come and go, prompts are prefilled beside them, states are freed and taken again; greedy: the CPU's tokens."""
     prompts = random_prompts((1, 5, 9, 17, 22, 30, 3, 8, 12, 40))
     params = [SamplingParams(seed=i, temperature=i % 3, max_tokens=10 + 2 * i) for i in range(10)]
     outputs = []
     for options in ({}, {"num_steps_ahead": 0}, {"enforce_eager": True}):
+        monkeypatch.setattr("m1.engine.graphs.PATIENCE", 1)
         engine = tiny_engine(tiny_model(variant).to("cuda"), **options)
         outputs.append(engine.generate(prompts, params))
         engine.sleep()
@@ -119,8 +136,9 @@ def test_the_engine_with_graphs_is_the_engine_without(variant):
 
 
 @pytest.mark.gpu
-def test_graphs_follow_weights():
+def test_graphs_follow_weights(monkeypatch):
     """Changed in place they are read as they are; moved, the graphs are made anew."""
+    monkeypatch.setattr("m1.engine.graphs.PATIENCE", 0)
     model = tiny_model().to("cuda")
     engine, params = tiny_engine(model), SamplingParams(temperature=0, max_tokens=10)
     prompts = random_prompts((4, 9))

@@ -6,7 +6,10 @@ a batch is padded to the next size with the scratch slot, a row that belongs to 
 of a few widths: attention divides its work by the width and takes the lengths from the device.
 """
 
+import time
+from collections import Counter
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +17,15 @@ from torch import Tensor
 Decode = Callable[[Tensor, int, int], tuple[Tensor, ...]]  # (slots, width, num_top) -> outputs
 FIRST_WIDTH = 16  # pages
 WIDTH_STEP = 4
+PATIENCE = 8  # steps of a kind before it is captured
+
+
+class Key(NamedTuple):
+    """A kind of step: rows of the batch, pages of its block tables, and how many of the most likely tokens it tells."""
+
+    size: int
+    width: int
+    num_top: int
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -37,42 +49,63 @@ def next_of(sizes: list[int], wanted: int) -> int:
 
 
 class DecodeGraphs:
-    """Captured steps by (batch size, table width, options), all in one memory pool: they never run at once.
+    """Captured steps by `Key`, all in one memory pool: they never run at once.
 
     max_rows: largest batch. scratch: the slot that padding rows use.
     """
 
     def __init__(self, max_rows: int, max_width: int, scratch: int, device: torch.device) -> None:
         self.sizes, self.widths = batch_sizes(max_rows), table_widths(max_width)
-        self._scratch = scratch
+        self._scratch, self._device = scratch, device
         self._slots = torch.full((max_rows,), scratch, dtype=torch.int64, device=device)
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        self._captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self._place: tuple[Any, torch.cuda.Stream] | None = None  # memory pool and stream of captures
+        self._captured: dict[Key, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self._num_missed: Counter[Key] = Counter()
+        self.capture_seconds = 0.0
 
-    def run(self, decode: Decode, slots: Tensor, width: int, num_top: int) -> tuple[Tensor, ...]:
-        """What decode(slots, width, num_top) returns, from its graph; overwritten by the next run.
+    def choose(self, count: int, width: int, num_top: int) -> Key | None:
+        """The graph for `count` rows and tables of `width` pages; None to launch this step's kernels one by one.
 
-        slots: [one of `sizes`] int64, padded; width: one of `widths`.
+        A capture costs as much as some steps, so a size that is only passed by, when the engine fills or drains, is not worth
+        one: its first steps run in a graph that is a little too large, if there is one.
         """
-        key = (slots.shape[0], width, num_top)
+        key = Key(next_of(self.sizes, count), next_of(self.widths, width), num_top)
+        if key in self._captured:
+            return key
+        self._num_missed[key] += 1
+        if self._num_missed[key] > PATIENCE:
+            return key
+        larger = [k for k in self._captured if count <= k.size <= 2 * key.size and k.width >= width and k.num_top == num_top]
+        return min(larger, default=None)
+
+    def run(self, decode: Decode, key: Key, slots: Tensor) -> tuple[Tensor, ...]:
+        """What decode(slots, key.width, key.num_top) returns, from its graph; overwritten by the next run.
+
+        slots: [key.size] int64, padded.
+        """
         if key not in self._captured:
-            self._captured[key] = self._capture(decode, *key)
+            start = time.perf_counter()
+            self._captured[key] = self._capture(decode, key)
+            self.capture_seconds += time.perf_counter() - start
         graph, outputs = self._captured[key]
-        self._slots[: slots.shape[0]].copy_(slots)
+        self._slots[: key.size].copy_(slots)
         graph.replay()
         return outputs
 
-    def _capture(self, decode: Decode, size: int, width: int, num_top: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-        slots = self._slots[:size]
+    def _capture(self, decode: Decode, key: Key) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        if self._place is None:
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        pool, stream = self._place
+        slots = self._slots[: key.size]
         slots.fill_(self._scratch)  # steps before the capture compile kernels; they advance nobody
-        current = torch.cuda.current_stream(slots.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            decode(slots, width, num_top)
-        current.wait_stream(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            decode(slots, key.width, key.num_top)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = decode(slots, width, num_top)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = decode(slots, key.width, key.num_top)
         return graph, outputs
 
     @property

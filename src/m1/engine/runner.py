@@ -128,8 +128,11 @@ class ModelRunner:
             arrays |= self._starting_rows(batch.starting)
         if batch.growing:
             arrays |= _growing_pages(batch.growing)
+        width = next_of(self._widths, -(-batch.max_context // self.page_size)) if self.has_pages else self._widths[0]
+        num_top = MAX_LOGPROBS if batch.wants_top else 0
+        key = graphs.choose(len(batch.slots), width, num_top) if graphs is not None and len(batch.slots) else None
         if len(batch.slots):
-            arrays["slots"] = batch.slots if graphs is None else self.pad(batch.slots, graphs.sizes)
+            arrays["slots"] = batch.slots if key is None else self.pad(batch.slots, key.size)
         if batch.prefill:
             arrays |= self._prefill_arrays(batch.prefill)
         sent = upload(arrays, self.device)
@@ -137,20 +140,17 @@ class ModelRunner:
         self._write_rows(sent)
         result = Download([])
         if len(batch.slots):
-            width = next_of(self._widths, -(-batch.max_context // self.page_size)) if self.has_pages else self._widths[0]
-            num_top = MAX_LOGPROBS if batch.wants_top else 0
-            if graphs is None:
+            if graphs is None or key is None:
                 outputs = self.decode(sent["slots"], width, num_top)
             else:
-                outputs = graphs.run(self.decode, sent["slots"], width, num_top)
+                outputs = graphs.run(self.decode, key, sent["slots"])
             result = Download([output[: len(batch.slots)] for output in outputs])
         if batch.prefill:
             self.prefill(batch.prefill, sent)
         return result
 
-    def pad(self, slots: np.ndarray, sizes: list[int]) -> np.ndarray:
-        """`slots` and then the scratch slot, up to the next of `sizes`."""
-        size = next_of(sizes, len(slots))
+    def pad(self, slots: np.ndarray, size: int) -> np.ndarray:
+        """`slots` and then the scratch slot, up to `size`."""
         return np.pad(slots, (0, size - len(slots)), constant_values=self.scratch_slot)
 
     def decode(self, slots: Tensor, width: int, num_top: int = 0) -> tuple[Tensor, ...]:
