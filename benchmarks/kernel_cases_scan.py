@@ -113,7 +113,7 @@ def _scan_cases(model: str, lengths: list[int], is_x_repeated: bool, has_referen
         from m1.kernels.launch import num_multiprocessors
         from m1.kernels.selective_scan.triton_impl import choose_config
 
-        return choose_config(tokens, heads, num_multiprocessors(torch.device("cuda", 0)))
+        return choose_config(tokens, inner, num_multiprocessors(torch.device("cuda", 0)))
 
     def kernel(**kwargs: Any) -> Tensor:
         from m1.kernels.selective_scan import triton_impl
@@ -136,7 +136,7 @@ def _scan_cases(model: str, lengths: list[int], is_x_repeated: bool, has_referen
 
     label = f"{model} {_documents(lengths)}{' x repeated' if is_x_repeated else ''}"
     exponentials = tokens * inner * (D_STATE + 2)
-    chunks = [128, 256, 512, 1024, 2048]
+    chunks = [64, 128, 256]
     return [
         ScanCase(
             f"selective_scan {label}",
@@ -167,8 +167,8 @@ def _forward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(4, 1, 2), Tile(8, 1, 2), Tile(16, 1, 2), Tile(4, 1, 2, num_stages=2), Tile(8, 1, 2, num_stages=2),
-        Tile(2, 2, 4), Tile(4, 2, 4), Tile(4, 2, 2, num_warps=2), Tile(8, 2, 2, num_warps=2), Tile(8, 1, 2, max_registers=128),
+        Tile(2, 1, 3), Tile(4, 1, 1), Tile(4, 1, 2), Tile(4, 1, 3), Tile(4, 1, 4), Tile(4, 2, 3), Tile(4, 4, 3), Tile(8, 1, 2),
+        Tile(4, 1, 3, 96), Tile(4, 1, 3, 112), Tile(2, 1, 4, 80),
     ]  # fmt: skip
 
 
@@ -176,10 +176,8 @@ def _backward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(4, 1, 2, max_registers=168), Tile(4, 1, 2), Tile(4, 1, 2, max_registers=128), Tile(8, 1, 2),
-        Tile(2, 2, 4, max_registers=168), Tile(2, 2, 4), Tile(2, 2, 4, max_registers=200), Tile(4, 2, 4),
-        Tile(2, 1, 2, max_registers=128), Tile(4, 1, 2, num_stages=2, max_registers=200),
-        Tile(2, 2, 4, num_stages=2, max_registers=200), Tile(4, 2, 2, num_warps=2, max_registers=168),
+        Tile(1, 1, 3), Tile(2, 1, 1), Tile(2, 1, 2), Tile(2, 1, 3), Tile(4, 1, 1), Tile(4, 1, 2), Tile(2, 1, 2, 128), Tile(2, 1, 2, 168),
+        Tile(2, 1, 2, 200), Tile(2, 2, 2), Tile(2, 4, 2),
     ]  # fmt: skip
 
 

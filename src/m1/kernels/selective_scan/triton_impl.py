@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from m1.kernels.chunk_table import ChunkTable, cut_documents, document_bounds
-from m1.kernels.launch import num_multiprocessors, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, dot_dtype, num_multiprocessors, with_unit_stride
 from m1.kernels.selective_scan import triton_backward as backward
 from m1.kernels.selective_scan import triton_forward as forward
 from m1.kernels.selective_scan.triton_update import selective_state_update
@@ -29,15 +29,16 @@ from m1.kernels.strides import stride_unit
 
 __all__ = ["ScanConfig", "Tile", "choose_config", "selective_scan", "selective_state_update"]
 
-CARRY_BLOCK, CARRY_ROWS, SUM_BLOCK, SPAN = 128, 8, 1024, 64
+CARRY_BLOCK, CARRY_ROWS, SUM_BLOCK = 128, 8, 1024
+WARP = 32
+MOST_HEADS = 16  # that a program's tensor-core sums over rows have columns for
+COMMON = {"zero": 0, "IS_INTERPRETED": IS_INTERPRETED}
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time: tokens, heads, how many rows of a head a thread holds; and its launch."""
+    """What one program works on at a time: tokens, and a channel a lane of its warps; and how it is launched."""
 
     steps: int
-    heads: int
-    rows: int
     num_warps: int = 1
     num_stages: int = 1
     max_registers: int | None = None
@@ -47,18 +48,16 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def sizes(self, P: int, N: int) -> dict[str, int]:
-        """Constants of the kernels: about 256 states a head and token, so a wide head is cut into blocks of rows."""
-        states = triton.next_power_of_2(N)
-        rows = min(triton.next_power_of_2(P), max(256 // states, 1))
-        in_thread = min(self.rows, rows)
+        """Constants of the kernels. A lane holds all states of its channel, so many states leave room for few tokens."""
+        lanes, states = WARP * self.num_warps, triton.next_power_of_2(N)
+        rows = min(triton.next_power_of_2(P), lanes)
         return {
             "P": P,
             "N": N,
             "BN": states,
-            "STEPS": self.steps,
-            "HB": self.heads,
-            "PI": in_thread,
-            "PJ": rows // in_thread,
+            "STEPS": min(self.steps, max(64 // states, 1)),
+            "HB": lanes // rows,
+            "PB": rows,
             "STAGES": self.num_stages,
         }
 
@@ -73,12 +72,11 @@ class ScanConfig(NamedTuple):
     gradients: Tile
 
 
-def choose_config(num_tokens: int, num_heads: int, multiprocessors: int) -> ScanConfig:
-    """Chunks as long as leave about 24 programs a multiprocessor, between 64 and 1,024 tokens."""
-    programs_a_chunk_row = num_tokens * num_heads
-    length = max(programs_a_chunk_row // (24 * multiprocessors), 1)
-    chunk = min(max(triton.next_power_of_2(length), 64), 1024)
-    return ScanConfig(chunk, Tile(8, 1, 2), Tile(4, 1, 2), Tile(8, 1, 2), Tile(2, 2, 4, max_registers=168))
+def choose_config(num_tokens: int, num_channels: int, multiprocessors: int) -> ScanConfig:
+    """Chunks as long as leave about 24 warps a multiprocessor, between 32 and 128 tokens (see triton_backward on rounding)."""
+    length = max(num_tokens * num_channels // (WARP * 24 * multiprocessors), 1)
+    chunk = min(max(triton.next_power_of_2(length), 32), 128)
+    return ScanConfig(chunk, Tile(4, 1, 3), Tile(4, 1, 3), Tile(4, 1, 3), Tile(2, 1, 2))
 
 
 def selective_scan(
@@ -99,7 +97,7 @@ def selective_scan(
 ) -> Any:
     """See m1.kernels.selective_scan.selective_scan; `config` overrides the launch sizes."""
     if config is None:
-        config = choose_config(x.shape[0], A.shape[0], num_multiprocessors(x.device))
+        config = choose_config(x.shape[0], A.shape[0] * A.shape[1], num_multiprocessors(x.device))
     bounds = document_bounds(cu_seqlens, x.shape[0], x.device)
     y, final_state = _SelectiveScan.apply(
         x, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, output_final_state, config
@@ -152,7 +150,7 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 class _Inputs(NamedTuple):
-    """The tensors as kernels want them: unit stride in the last dimension; parameters fp32 and contiguous."""
+    """The tensors as kernels want them: unit stride in the last dimension; parameters fp32, A as [N, H·P]."""
 
     x: Tensor
     dt: Tensor
@@ -163,6 +161,7 @@ class _Inputs(NamedTuple):
     z: Tensor | None
     dt_bias: Tensor | None
     softplus: bool
+    state_shape: tuple[int, int, int]  # H, P, N
 
     @classmethod
     def prepare(
@@ -180,12 +179,13 @@ class _Inputs(NamedTuple):
         x, dt, B, C = (with_unit_stride(tensor) for tensor in (x, dt, B, C))
         z = None if z is None else with_unit_stride(z)
         D, dt_bias = (None if p is None else p.float().contiguous() for p in (D, dt_bias))
-        return cls(x, dt, A.float().contiguous(), B, C, D, z, dt_bias, softplus)
+        transposed = A.float().flatten(0, 1).t().contiguous()
+        return cls(x, dt, transposed, B, C, D, z, dt_bias, softplus, tuple(A.shape))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """T, H, P."""
-        return (self.x.shape[0], self.A.shape[0], self.A.shape[1])
+        return (self.x.shape[0], *self.state_shape[:2])
 
     def strides(self, dy: Tensor | None = None) -> dict[str, int]:
         """Token and head strides of the activations (and of dy), token strides in units of UNIT."""
@@ -197,14 +197,14 @@ class _Inputs(NamedTuple):
 
     @property
     def heads(self) -> dict[str, int]:
-        num_heads = self.A.shape[0]
+        num_heads = self.state_shape[0]
         return {"H": num_heads, "x_repeat": num_heads // self.x.shape[1], "b_repeat": num_heads // self.B.shape[1]}
 
 
 def _num_programs(tile: Tile, H: int, P: int, N: int) -> int:
     """Blocks of channels: heads, and blocks of rows where a head is wide."""
     sizes = tile.sizes(P, N)
-    return triton.cdiv(H, tile.heads) * triton.cdiv(P, sizes["PI"] * sizes["PJ"])
+    return triton.cdiv(H, sizes["HB"]) * triton.cdiv(P, sizes["PB"])
 
 
 def _scan_chunks(
@@ -217,52 +217,54 @@ def _scan_chunks(
     final_state: Tensor | None,
 ) -> None:
     """Launch the forward kernel: towards `y` from `entry`, or, where y is None, towards `entry` and `delta_sum`."""
-    H, P, N = inputs.A.shape
+    H, P, N = inputs.state_shape
     forward.scan_chunk_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias,
         entry, delta_sum, final_state, y, chunks.rows,
         **inputs.strides(), **inputs.heads, **tile.sizes(P, N),
         HAS_D=inputs.D is not None, HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None,
         HAS_ENTRY=entry is not None, HAS_FINAL=final_state is not None, SOFTPLUS=inputs.softplus,
-        WITH_OUTPUT=y is not None, **tile.launch,
+        WITH_OUTPUT=y is not None, ENTRY_IS_OUTER=chunks.is_one_each, **COMMON, **tile.launch,
     )  # fmt: skip
 
 
 def _entry_states(inputs: _Inputs, chunks: ChunkTable, initial: Tensor | None, config: ScanConfig) -> Tensor | None:
-    """The state that enters each chunk, [chunks, H, P, N]; None for zeros everywhere."""
+    """The state that enters each chunk, [chunks, N, H·P]; of documents of one chunk, `initial` itself; None for zeros."""
     if chunks.is_one_each:
         return initial
     states = torch.empty(chunks.num_chunks, *inputs.A.shape, dtype=torch.float32, device=inputs.x.device)
-    delta_sum = torch.empty(chunks.num_chunks, *inputs.A.shape[:2], dtype=torch.float32, device=inputs.x.device)
+    delta_sum = torch.empty(chunks.num_chunks, inputs.A.shape[1], dtype=torch.float32, device=inputs.x.device)
     _scan_chunks(inputs, chunks, config.states, states, delta_sum, None, None)
-    _carry(states, delta_sum, inputs.A, chunks, initial, reverse=False)
+    _carry(states, delta_sum, inputs, chunks, initial, reverse=False)
     return states
 
 
-def _carry(states: Tensor, delta_sum: Tensor, A: Tensor, chunks: ChunkTable, carried_in: Tensor | None, reverse: bool) -> None:
-    H, P, N = A.shape
-    forward.carry_kernel[(triton.cdiv(A.numel(), CARRY_BLOCK), chunks.num_sequences)](
-        states, delta_sum, A, chunks.first_chunk, carried_in, H, P, N, CARRY_BLOCK, CARRY_ROWS,
+def _carry(
+    states: Tensor, delta_sum: Tensor, inputs: _Inputs, chunks: ChunkTable, carried_in: Tensor | None, reverse: bool
+) -> None:
+    H, P, N = inputs.state_shape
+    forward.carry_kernel[(triton.cdiv(inputs.A.numel(), CARRY_BLOCK), chunks.num_sequences)](
+        states, delta_sum, inputs.A, chunks.first_chunk, carried_in, H, P, N, CARRY_BLOCK, CARRY_ROWS,
         HAS_CARRY=carried_in is not None, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
 
 
 def _q_ends(inputs: _Inputs, chunks: ChunkTable, dy: Tensor, d_final: Tensor | None, tile: Tile) -> Tensor | None:
-    """∂L/∂(state that leaves each chunk), [chunks, H, P, N]; None for zeros everywhere."""
+    """∂L/∂(state that leaves each chunk), in the layout of `_entry_states`; None for zeros everywhere."""
     d_final = None if d_final is None else d_final.float().contiguous()
     if chunks.is_one_each:
         return d_final
-    H, P, N = inputs.A.shape
-    q = torch.empty(chunks.num_chunks, H, P, N, dtype=torch.float32, device=dy.device)
-    delta_sum = torch.empty(chunks.num_chunks, H, P, dtype=torch.float32, device=dy.device)
+    H, P, N = inputs.state_shape
+    q = torch.empty(chunks.num_chunks, N, H * P, dtype=torch.float32, device=dy.device)
+    delta_sum = torch.empty(chunks.num_chunks, H * P, dtype=torch.float32, device=dy.device)
     strides = {name: stride for name, stride in inputs.strides(dy).items() if name[0] not in "xb"}
     backward.chunk_gradient_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
         inputs.dt, inputs.A, inputs.C, inputs.z, inputs.dt_bias, dy, q, delta_sum, chunks.rows,
         **strides, H=H, **tile.sizes(P, N),
         HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None, SOFTPLUS=inputs.softplus,
-        **tile.launch,
+        **COMMON, **tile.launch,
     )  # fmt: skip
-    _carry(q, delta_sum, inputs.A, chunks, d_final, reverse=True)
+    _carry(q, delta_sum, inputs, chunks, d_final, reverse=True)
     return q
 
 
@@ -277,10 +279,10 @@ def _scan_chunks_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state."""
     T, H, P = inputs.shape
-    N, tile = inputs.A.shape[2], config.gradients
+    N, tile = inputs.state_shape[2], config.gradients
     sizes = tile.sizes(P, N)
-    row_blocks = triton.cdiv(P, sizes["PI"] * sizes["PJ"])
-    spans = triton.cdiv(config.chunk, SPAN)
+    row_blocks = triton.cdiv(P, sizes["PB"])
+    is_half = inputs.B.dtype != torch.float32 and inputs.C.dtype != torch.float32 and sizes["HB"] <= MOST_HEADS
     device = dy.device
     has_bias, has_D, has_z = inputs.dt_bias is not None, inputs.D is not None, inputs.z is not None
 
@@ -290,23 +292,24 @@ def _scan_chunks_backward(
     dx, ddt = empty(T, H, P, dtype=inputs.x.dtype), empty(T, H, P, dtype=inputs.dt.dtype)
     dB, dC = (empty(T, H, row_blocks, N, dtype=tensor.dtype) for tensor in (inputs.B, inputs.C))
     dz = empty(T, H, P, dtype=inputs.z.dtype) if inputs.z is not None else None
-    dA = empty(chunks.num_chunks, H, P, N)
+    dA = empty(chunks.num_chunks, N, H * P)
     dD = empty(chunks.num_chunks, H, P) if has_D else None
     d_bias = empty(chunks.num_chunks, H, P) if has_bias else None
     d_initial = empty(chunks.num_sequences, H, P, N) if has_initial else None
     backward.scan_chunk_backward_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, dy,
-        entry, q_end, empty(T, H, P), empty(chunks.num_chunks, spans, H, P, N), empty(chunks.num_chunks, spans, H, P),
+        entry, q_end, empty(T, H, P),
         dx, ddt, dA, dB, dC, dD, dz, d_bias, d_initial, chunks.rows,
-        **inputs.strides(dy), **inputs.heads, max_spans=spans,
+        **inputs.strides(dy), **inputs.heads,
         **sizes, HAS_D=has_D, HAS_Z=has_z, HAS_BIAS=has_bias, HAS_ENTRY=entry is not None, HAS_END=q_end is not None,
-        HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus, SPAN=SPAN, **tile.launch,
+        HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus, STATES_ARE_OUTER=chunks.is_one_each,
+        DOT=dot_dtype(inputs.B.dtype) if is_half else None, **COMMON, **tile.launch,
     )  # fmt: skip
     dx = _sum_repeats(dx.view(T, inputs.x.shape[1], -1, P))
     dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N))
     dC = _sum_repeats(dC)
-    sums = [None if partial is None else partial.sum(0) for partial in (dA, dD, d_bias)]
-    return dx, ddt, sums[0], dB, dC, sums[1], dz, sums[2], d_initial
+    sums = [None if partial is None else partial.sum(0) for partial in (dD, d_bias)]
+    return dx, ddt, dA.sum(0).t().reshape(inputs.state_shape), dB, dC, sums[0], dz, sums[1], d_initial
 
 
 def _sum_repeats(partial: Tensor) -> Tensor:
