@@ -96,53 +96,53 @@ def advance_rows(tile, after, step, BY: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def scan_rows(decay, write, state, step, STEPS: tl.constexpr):
+def scan_rows(decay, write, state, step, STEPS: tl.constexpr, AXIS: tl.constexpr = 0):
     """h_k = decay_k · h_{k-1} + write_k: all h_k, and the last."""
     decay_bits = decay.to(tl.int32, bitcast=True)
     write_bits = write.to(tl.int32, bitcast=True)
     states = write
     for k in tl.static_range(STEPS):
-        decay_k = tl.sum(tl.where(step == k, decay_bits, 0), axis=0).to(tl.float32, bitcast=True)
-        write_k = tl.sum(tl.where(step == k, write_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        decay_k = tl.sum(tl.where(step == k, decay_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
+        write_k = tl.sum(tl.where(step == k, write_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
         state = decay_k * state + write_k
-        states = tl.where(step == k, tl.expand_dims(state, 0), states)
+        states = tl.where(step == k, tl.expand_dims(state, AXIS), states)
     return states, state
 
 
 @triton.jit
-def scan_rows_exclusive(decay, write, state, step, STEPS: tl.constexpr):
+def scan_rows_exclusive(decay, write, state, step, STEPS: tl.constexpr, AXIS: tl.constexpr = 0):
     """The same recurrence: what enters each row, h_{k-1}, and the last h."""
     decay_bits = decay.to(tl.int32, bitcast=True)
     write_bits = write.to(tl.int32, bitcast=True)
     entering = write
     for k in tl.static_range(STEPS):
-        entering = tl.where(step == k, tl.expand_dims(state, 0), entering)
-        decay_k = tl.sum(tl.where(step == k, decay_bits, 0), axis=0).to(tl.float32, bitcast=True)
-        write_k = tl.sum(tl.where(step == k, write_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        entering = tl.where(step == k, tl.expand_dims(state, AXIS), entering)
+        decay_k = tl.sum(tl.where(step == k, decay_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
+        write_k = tl.sum(tl.where(step == k, write_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
         state = decay_k * state + write_k
     return entering, state
 
 
 @triton.jit
-def scan_rows_backwards(decay, write, carry, step, STEPS: tl.constexpr):
+def scan_rows_backwards(decay, write, carry, step, STEPS: tl.constexpr, AXIS: tl.constexpr = 0):
     """g_k = q + write_k, then q = decay_k · g_k, from the last row to the first: all g_k, and the last q."""
     decay_bits = decay.to(tl.int32, bitcast=True)
     write_bits = write.to(tl.int32, bitcast=True)
     gradients = write
     for back in tl.static_range(STEPS):
         is_k = step == STEPS - 1 - back
-        gradient = carry + tl.sum(tl.where(is_k, write_bits, 0), axis=0).to(tl.float32, bitcast=True)
-        carry = tl.sum(tl.where(is_k, decay_bits, 0), axis=0).to(tl.float32, bitcast=True) * gradient
-        gradients = tl.where(is_k, tl.expand_dims(gradient, 0), gradients)
+        gradient = carry + tl.sum(tl.where(is_k, write_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
+        carry = tl.sum(tl.where(is_k, decay_bits, 0), axis=AXIS).to(tl.float32, bitcast=True) * gradient
+        gradients = tl.where(is_k, tl.expand_dims(gradient, AXIS), gradients)
     return gradients, carry
 
 
 @triton.jit
-def add_rows(total, values, weights, step, STEPS: tl.constexpr):
+def add_rows(total, values, weights, step, STEPS: tl.constexpr, AXIS: tl.constexpr = 0):
     """total + Σ_k values_k · weights_k as one chain of fused multiply-adds (tl.sum would build a tree)."""
     value_bits = values.to(tl.int32, bitcast=True)
     weight_bits = tl.broadcast_to(weights, values.shape).to(tl.int32, bitcast=True)
     for k in tl.static_range(STEPS):
-        value = tl.sum(tl.where(step == k, value_bits, 0), axis=0).to(tl.float32, bitcast=True)
-        total += value * tl.sum(tl.where(step == k, weight_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        value = tl.sum(tl.where(step == k, value_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
+        total += value * tl.sum(tl.where(step == k, weight_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
     return total

@@ -1,7 +1,7 @@
 """The forward kernels of the selective scan: what a chunk does to a state, the carry between chunks, the outputs.
 
-Tiles have the axes [t, h, p, n]: `STEPS` tokens, `HB` heads of which `PB` rows each, `BN` >= N states. The lanes of a warp go
-to (h, p), a channel each; t and n stay inside a thread. There the recurrence over t is plain register arithmetic
+Tiles have the axes [h, n, t, p]: `HB` heads, `BN` >= N states, `STEPS` tokens, `PB` rows of a head. The lanes of a warp go
+to (h, p), a channel each; n and t stay inside a thread, n innermost. There the recurrence over t is plain register arithmetic
 (triton_math.scan_rows), a sum over n is a chain of additions, and what depends on (t, p) alone (softplus, gate) is computed
 once. Triton gives lanes to the axis along which the loads of A are contiguous, and several elements to a lane where it knows
 them to be aligned. So A and the states in scratch memory lie transposed, [N, H·P], and their addresses contain `zero`, an
@@ -17,10 +17,10 @@ from m1.kernels.triton_math import LOG2E, scan_rows, scan_rows_exclusive, sigmoi
 
 @triton.jit
 def tile_channels(H, P: tl.constexpr, HB: tl.constexpr, PB: tl.constexpr):
-    """Heads [1, HB, 1] and rows [1, 1, PB] of this program, whether they exist, and the block of rows."""
+    """Heads [HB, 1, 1] and rows [1, 1, PB] of this program, whether they exist [HB, 1, PB], and the block of rows."""
     blocks: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
-    head = program // blocks * HB + tl.arange(0, HB)[None, :, None]
+    head = program // blocks * HB + tl.arange(0, HB)[:, None, None]
     row = program % blocks * PB + tl.arange(0, PB)[None, None, :]
     return head, row, (head < H) & (row < P), program % blocks
 
@@ -29,9 +29,9 @@ def tile_channels(H, P: tl.constexpr, HB: tl.constexpr, PB: tl.constexpr):
 def state_address(base, index, channel, n, size, N: tl.constexpr, zero, IS_OUTER: tl.constexpr):
     """Where state `index` of `base` has its elements: [H, P, N] as callers have it (IS_OUTER), or [N, H·P] as scratch has."""
     if IS_OUTER:
-        return base + index * (size * N) + channel[:, :, :, None] * N + n
+        return base + index * (size * N) + channel[:, None, :, :] * N + n
     else:
-        return base + index * (size * N) + channel[:, :, :, None] + n * size + zero
+        return base + index * (size * N) + channel[:, None, :, :] + n * size + zero
 
 
 @triton.jit(do_not_specialize=["zero"])
@@ -60,52 +60,53 @@ def scan_chunk_kernel(
         return
     head, row, exists, _ = tile_channels(H, P, HB, PB)
     size = H * P
-    channel = head * P + row  # [1, HB, PB]
-    n = tl.arange(0, BN)
-    has_element = exists[:, :, :, None] & (n < N)
-    decay_rate = tl.load(A + channel[:, :, :, None] + n * size + zero, mask=has_element, other=0.0) * LOG2E  # [1, HB, PB, BN]
+    channel = head * P + row  # [HB, 1, PB]
+    n = tl.arange(0, BN)[None, :, None, None]
+    has_element = exists[:, None, :, :] & (n < N)
+    decay_rate = tl.load(A + channel[:, None, :, :] + n * size + zero, mask=has_element, other=0.0) * LOG2E  # [HB, BN, 1, PB]
     if HAS_ENTRY:
         entry_at = state_address(entry, chunk, channel, n, size, N, zero, ENTRY_IS_OUTER)
-    state = tl.zeros([1, HB, PB, BN], tl.float32)
+    state = tl.zeros([HB, BN, 1, PB], tl.float32)
     if WITH_OUTPUT and HAS_ENTRY:
         state = tl.load(entry_at, mask=has_element, other=0.0)
-    state = tl.sum(state, axis=0)
+    state = tl.sum(state, axis=2)
     if HAS_BIAS:
         bias = tl.load(dt_bias + channel + zero, mask=exists, other=0.0)
     if HAS_D and WITH_OUTPUT:
         skip = tl.load(D + channel + zero, mask=exists, other=0.0)
     total = tl.zeros([HB, PB], tl.float32)
 
-    step = tl.arange(0, STEPS)[:, None, None]
-    state_step = tl.arange(0, STEPS)[:, None, None, None]
-    narrow_head = tl.reshape(head, [1, HB, 1])
-    narrow_exists = (narrow_head < H) & (n < N)
+    step = tl.arange(0, STEPS)[None, :, None]
+    state_step = tl.arange(0, STEPS)[None, None, :, None]
+    narrow_n = tl.arange(0, BN)[None, :, None]
+    narrow_step = tl.arange(0, STEPS)[None, None, :]
+    narrow_exists = (head < H) & (narrow_n < N)
     token = start.to(tl.int64)
     x_at = x + token * (x_token * UNIT) + step * (x_token * UNIT) + head // x_repeat * x_head + row
     dt_at = dt + token * (dt_token * UNIT) + step * (dt_token * UNIT) + head * dt_head + row
-    b_at = B + token * (b_token * UNIT) + step * (b_token * UNIT) + narrow_head // b_repeat * b_head + n
+    b_at = B + token * (b_token * UNIT) + narrow_step * (b_token * UNIT) + head // b_repeat * b_head + narrow_n
     if WITH_OUTPUT:
-        c_at = C + token * (c_token * UNIT) + step * (c_token * UNIT) + narrow_head * c_head + n
+        c_at = C + token * (c_token * UNIT) + narrow_step * (c_token * UNIT) + head * c_head + narrow_n
         y_at = y + token * size + step * size + channel
         if HAS_Z:
             z_at = z + token * (z_token * UNIT) + step * (z_token * UNIT) + head * z_head + row
 
     for tile in tl.range(0, length, STEPS, num_stages=STAGES):
         here = exists & (tile + step < length)
-        narrow_here = narrow_exists & (tile + step < length)
+        narrow_here = narrow_exists & (tile + narrow_step < length)
         x_t = tl.load(x_at + tile * (x_token * UNIT), mask=here, other=0.0).to(tl.float32)
         delta = tl.load(dt_at + tile * (dt_token * UNIT), mask=here, other=0.0).to(tl.float32)
-        b_t = widen(tl.load(b_at + tile * (b_token * UNIT), mask=narrow_here, other=0.0), IS_INTERPRETED)[:, :, None, :]
+        b_t = widen(tl.load(b_at + tile * (b_token * UNIT), mask=narrow_here, other=0.0), IS_INTERPRETED)[:, :, :, None]
         if HAS_BIAS:
             delta += bias
         if SOFTPLUS:
             delta = softplus(delta)
         delta = tl.where(here, delta, 0.0)  # a step of zero leaves the state alone
-        decay = tl.exp2(delta[:, :, :, None] * decay_rate)
-        states, state = scan_rows(decay, (delta * x_t)[:, :, :, None] * b_t, state, state_step, STEPS)
+        decay = tl.exp2(delta[:, None, :, :] * decay_rate)
+        states, state = scan_rows(decay, (delta * x_t)[:, None, :, :] * b_t, state, state_step, STEPS, 2)
         if WITH_OUTPUT:
-            c_t = widen(tl.load(c_at + tile * (c_token * UNIT), mask=narrow_here, other=0.0), IS_INTERPRETED)[:, :, None, :]
-            out = tl.sum(states * c_t, axis=3)
+            c_t = widen(tl.load(c_at + tile * (c_token * UNIT), mask=narrow_here, other=0.0), IS_INTERPRETED)[:, :, :, None]
+            out = tl.sum(states * c_t, axis=1)
             if HAS_D:
                 out += skip * x_t
             if HAS_Z:
@@ -113,15 +114,15 @@ def scan_chunk_kernel(
                 out *= gate * sigmoid(gate)
             tl.store(y_at + tile * size, out.to(y.dtype.element_ty), mask=here)
         else:
-            total += tl.sum(delta, axis=0)
+            total += tl.sum(delta, axis=1)
 
     if not WITH_OUTPUT:
-        tl.store(entry_at, tl.expand_dims(state, 0), mask=has_element)
-        tl.store(delta_sum + chunk * size + channel, tl.expand_dims(total, 0), mask=exists)
+        tl.store(entry_at, tl.expand_dims(state, 2), mask=has_element)
+        tl.store(delta_sum + chunk * size + channel, tl.expand_dims(total, 1), mask=exists)
     if WITH_OUTPUT and HAS_FINAL and is_last:
         document = tl.load(chunks + chunk * 4 + 2).to(tl.int64)
         final_at = state_address(final_state, document, channel, n, size, N, zero, True)
-        tl.store(final_at, tl.expand_dims(state, 0), mask=has_element)
+        tl.store(final_at, tl.expand_dims(state, 2), mask=has_element)
 
 
 @triton.jit
