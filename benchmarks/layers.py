@@ -1,0 +1,125 @@
+"""What a mixer costs in training beside the attention layer that it replaces: forward and backward, projections included.
+
+    PYTHONPATH=src python benchmarks/layers.py                       # the table; JSON into results/layers.json
+    PYTHONPATH=src python benchmarks/layers.py --sizes 3b --profile  # and which kernels take the time
+
+16,384 packed tokens in documents of 4,096 or as one; bf16; weights random; gradients of the input and of every weight.
+Each line is the median of timed forward and backward passes after a warm-up; `over attention` is the ratio of times, whose
+goal is 1.35 at a length of 4,096 and below 1 at 16,384.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from m1.modeling import M1Config
+from m1.modeling.attention import Attention
+from m1.modeling.mamba1 import Mamba1Mixer
+from m1.modeling.mamba2 import Mamba2Mixer
+from m1.modeling.rotary import RotaryEmbedding
+from m1.modeling.state import SequenceLayout
+from m1.storage import git_revision, write_json
+
+TOKENS = 16384
+SIZES: dict[str, dict[str, int]] = {  # Llama-3.2-3B, Qwen2.5-0.5B, SmolLM2-135M
+    "3b": {"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
+    "0.5b": {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64},
+    "135m": {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+}
+LAYERS: dict[str, Callable[[M1Config, int], nn.Module]] = {
+    "attention": Attention,
+    "mamba1": Mamba1Mixer,
+    "mamba2": Mamba2Mixer,
+}
+
+
+def make_pass(kind: str, size: str, length: int) -> Callable[[], Any]:
+    """A call that runs one layer forwards and backwards over TOKENS tokens in documents of `length`."""
+    torch.manual_seed(0)
+    mixer = "mamba1" if kind == "attention" else kind
+    types = ["full_attention" if kind == "attention" else "linear_attention"]
+    config = M1Config(**SIZES[size], num_hidden_layers=1, layer_types=types, mixer=mixer, vocab_size=256)
+    layer = LAYERS[kind](config, 0).to("cuda", torch.bfloat16)
+    layout = SequenceLayout.from_lengths([length] * (TOKENS // length), "cuda")
+    rotary = tuple(table.to(torch.bfloat16) for table in RotaryEmbedding(config)(layout.positions))
+    x = torch.randn(TOKENS, config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(x)
+    wanted = [x, *layer.parameters()]
+
+    def run() -> Any:
+        return torch.autograd.grad(layer(x, layout, rotary), wanted, upstream)
+
+    return run
+
+
+def time_pass(run: Callable[[], Any], repeats: int) -> float:
+    """Median seconds."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def kernels_of(run: Callable[[], Any], most: int = 12) -> dict[str, float]:
+    """Milliseconds by kernel of one pass, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    for event in profile.events():
+        times[event.name[:80]] += event.device_time_total / 1000
+    return dict(times.most_common(most))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16384])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--revision", default="", help="if this directory is no git repository")
+    parser.add_argument("--out", type=Path, default=Path("results/layers.json"))
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(f"{'':28}      ms  over attention")
+    for size, length in itertools.product(options.sizes, options.lengths):
+        attention = 0.0
+        for kind in LAYERS:
+            run = make_pass(kind, size, length)
+            seconds = time_pass(run, options.repeats)
+            attention = seconds if kind == "attention" else attention
+            row = {"size": size, "length": length, "layer": kind, "seconds": seconds, "over_attention": seconds / attention}
+            print(f"{size:5} {kind:10} {length:6,} long {seconds * 1e3:8.3f}  {row['over_attention']:6.2f}", flush=True)
+            if options.profile:
+                row["kernels_ms"] = kernels_of(run)
+                print("\n".join(f"    {ms:8.3f}  {name}" for name, ms in row["kernels_ms"].items()))
+            rows.append(row)
+            del run
+    write_json(
+        options.out,
+        {
+            "command": "python benchmarks/layers.py",
+            "hardware": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__},
+            "revision": options.revision or git_revision(),
+            "tokens": TOKENS,
+            "rows": rows,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
