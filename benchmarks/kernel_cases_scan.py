@@ -176,8 +176,8 @@ def _backward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(1, 1, 3), Tile(2, 1, 1), Tile(2, 1, 2), Tile(2, 1, 3), Tile(4, 1, 1), Tile(4, 1, 2), Tile(2, 1, 2, 128), Tile(2, 1, 2, 168),
-        Tile(2, 1, 2, 200), Tile(2, 2, 2), Tile(2, 4, 2),
+        Tile(2, 1, 3), Tile(2, 1, 3, 112), Tile(2, 1, 3, 128), Tile(2, 1, 3, 144), Tile(2, 1, 3, 168), Tile(2, 1, 4, 128),
+        Tile(4, 1, 3, 168), Tile(4, 1, 3), Tile(4, 1, 2, 168),
     ]  # fmt: skip
 
 

@@ -118,9 +118,9 @@ def store_row_sums(
         sums = tl.sum(values, axis=3)
         tl.store(at, sums.to(target.dtype.element_ty), mask=(token + step < limit) & (head < H) & (n < N))
     else:
-        # rows of the product are (token, n), columns are heads: 16 of them, of which HB are used
+        # rows of the product are (token, n), columns are heads: 8 of them, of which HB are used
         lane = tl.arange(0, HB * PB)[:, None]
-        owner = tl.arange(0, 16)[None, :]
+        owner = tl.arange(0, 8)[None, :]
         members = (lane // PB == owner).to(DOT)
         laid = tl.reshape(tl.permute(values.to(DOT), (2, 1, 0, 3)), [STEPS * BN, HB * PB])
         sums = tl.dot(laid, members)
@@ -196,7 +196,7 @@ def scan_chunk_backward_kernel(
     c_at = C + token * (c_token * UNIT) + narrow_step * (c_token * UNIT) + head * c_head + narrow_n
     if HAS_Z:
         z_at = z + token * (z_token * UNIT) + step * (z_token * UNIT) + head * z_head + row
-    out_place = token * size + step * size + channel
+    out_place = token * size + step * size + channel + zero
 
     dA_sum = tl.zeros_like(state)
     prefix_sum = tl.zeros([HB, PB], tl.float32)  # of Δ

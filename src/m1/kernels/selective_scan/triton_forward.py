@@ -87,7 +87,7 @@ def scan_chunk_kernel(
     b_at = B + token * (b_token * UNIT) + narrow_step * (b_token * UNIT) + head // b_repeat * b_head + narrow_n
     if WITH_OUTPUT:
         c_at = C + token * (c_token * UNIT) + narrow_step * (c_token * UNIT) + head * c_head + narrow_n
-        y_at = y + token * size + step * size + channel
+        y_at = y + token * size + step * size + channel + zero
         if HAS_Z:
             z_at = z + token * (z_token * UNIT) + step * (z_token * UNIT) + head * z_head + row
 

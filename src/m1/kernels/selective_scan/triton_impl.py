@@ -11,7 +11,7 @@ Floors on an H100 (3.0 TB/s; 132 multiprocessors x 16 exponentials x 1.7 GHz = 3
 - forward: reads x, dt, B, C, z, writes y: 2T(4·H·P + 2·G·P) = 470 MB, 157 µs; T·H·P·(N + 2) exponentials (decay,
   softplus, gate), 252 µs: floor 252 µs. This implementation takes each decay twice.
 - backward: reads x, dt, B, C, z, dy and writes dx, ddt, dB, dC, dz: 2T(7·H·P + 4·G·P) = 839 MB, 280 µs; 252 µs of
-  exponentials: floor 280 µs. This implementation takes each decay three times, and moves 4T·(H·P + H·P·N/64) twice as scratch.
+  exponentials: floor 280 µs. This implementation takes each decay three times, and moves 4T·(H·P + H·P·N/chunk) twice as scratch.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ __all__ = ["ScanConfig", "Tile", "choose_config", "selective_scan", "selective_s
 
 CARRY_BLOCK, CARRY_ROWS, SUM_BLOCK = 128, 8, 1024
 WARP = 32
-MOST_HEADS = 16  # that a program's tensor-core sums over rows have columns for
+MOST_HEADS = 8  # that a program's tensor-core sums over rows have columns for
 COMMON = {"zero": 0, "IS_INTERPRETED": IS_INTERPRETED}
 
 
@@ -76,7 +76,7 @@ def choose_config(num_tokens: int, num_channels: int, multiprocessors: int) -> S
     """Chunks as long as leave about 24 warps a multiprocessor, between 32 and 128 tokens (see triton_backward on rounding)."""
     length = max(num_tokens * num_channels // (WARP * 24 * multiprocessors), 1)
     chunk = min(max(triton.next_power_of_2(length), 32), 128)
-    return ScanConfig(chunk, Tile(4, 1, 3), Tile(4, 1, 3), Tile(4, 1, 3), Tile(2, 1, 2))
+    return ScanConfig(chunk, Tile(4, 4, 3), Tile(4, 2, 3), Tile(4, 1, 3, 112), Tile(2, 1, 3))
 
 
 def selective_scan(
