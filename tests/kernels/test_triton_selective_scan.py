@@ -80,9 +80,7 @@ def test_documents_are_cut_into_chunks(device: str) -> None:
         ([9, 12], (4, 2, 2, 16, 16), torch.bfloat16),
     ],
 )
-def test_outputs_states_and_gradients(
-    lengths: list[int], dims: Dims, dtype: torch.dtype, device: str
-) -> None:
+def test_outputs_states_and_gradients(lengths: list[int], dims: Dims, dtype: torch.dtype, device: str) -> None:
     check(make_inputs(sum(lengths), len(lengths), dims, dtype, device), lengths, SMALL)
 
 
