@@ -19,7 +19,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def widen(x, IS_INTERPRETED: tl.constexpr):
-    """Half precision to fp32. Of bf16 in one instruction an element, where the compiler's own conversion takes two for half of them."""
+    """Half precision to fp32; of bf16 by one instruction an element, where the compiler's own conversion takes up to two."""
     if x.dtype == tl.bfloat16 and not IS_INTERPRETED:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2

@@ -11,7 +11,8 @@ Floors on an H100 (3.0 TB/s; 132 multiprocessors x 16 exponentials x 1.7 GHz = 3
 - forward: reads x, dt, B, C, z, writes y: 2T(4·H·P + 2·G·P) = 470 MB, 157 µs; T·H·P·(N + 2) exponentials (decay,
   softplus, gate), 252 µs: floor 252 µs. This implementation takes each decay twice.
 - backward: reads x, dt, B, C, z, dy and writes dx, ddt, dB, dC, dz: 2T(7·H·P + 4·G·P) = 839 MB, 280 µs; 252 µs of
-  exponentials: floor 280 µs. This implementation takes each decay three times, and moves 4T·(H·P + H·P·N/chunk) twice as scratch.
+  exponentials: floor 280 µs. This implementation takes each decay three times, and moves 4T·H·P·(1 + N/chunk) twice as
+  scratch.
 """
 
 from typing import Any, NamedTuple
