@@ -181,7 +181,7 @@ class _Inputs(NamedTuple):
         z = None if z is None else with_unit_stride(z)
         D, dt_bias = (None if p is None else p.float().contiguous() for p in (D, dt_bias))
         transposed = A.float().flatten(0, 1).t().contiguous()
-        return cls(x, dt, transposed, B, C, D, z, dt_bias, softplus, tuple(A.shape))
+        return cls(x, dt, transposed, B, C, D, z, dt_bias, softplus, (A.shape[0], A.shape[1], A.shape[2]))
 
     @property
     def shape(self) -> tuple[int, int, int]:
