@@ -63,24 +63,33 @@ def reader_gradient_kernel(
     log_t = tl.load(log_decay + t, mask=t < length, other=0.0)
     state_at = entry + (chunk * H + head) * (P * N) + p[:, None] * N + n[None, :]
     state = tl.load(state_at, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0).to(OPERAND)
-    dc = tl.dot(dy_t, state, input_precision=PRECISION) * tl.exp2(log_t)[:, None]
-    from_entry = tl.sum(dc * c.to(tl.float32), axis=1)
+    log_border = tl.load(log_decay + begin - 1, mask=begin > 0, other=0.0)
+    to_row = tl.exp2(tl.where(t < length, log_t - log_border, 0.0))
+    dc = tl.dot(dy_t, state, input_precision=PRECISION) * tl.exp2(log_border)
+    from_entry = tl.sum(dc * c.to(tl.float32), axis=1) * to_row
     inside = tl.zeros([ROWS], tl.float32)
     skipped = tl.zeros([ROWS], tl.float32)
-    for block in range(0, tl.minimum(begin + ROWS, length), COLUMNS):
-        s = block + offset
-        has_column = s < length
-        b_s = tl.load(B + s[:, None] * b_token + n[None, :], mask=has_column[:, None] & (n < N)[None, :], other=0.0)
-        x_s = tl.load(x + s[:, None] * x_token + p[None, :], mask=has_column[:, None] & (p < P)[None, :], other=0.0)
-        log_s = tl.load(log_decay + s, mask=has_column, other=0.0)
-        delta_s = tl.load(delta + s, mask=has_column, other=0.0)
-        weights = tl.dot(dy_t, tl.trans(x_s.to(OPERAND)), input_precision=PRECISION)
-        if HAS_D:
-            skipped += tl.sum(tl.where(t[:, None] == s[None, :], weights, 0.0), axis=1)
-        weights *= decays_between(t[:, None], s[None, :], log_t[:, None], log_s[None, :], length) * delta_s[None, :]
-        scores = tl.dot(c, tl.trans(b_s.to(OPERAND)), input_precision=PRECISION)
-        inside += tl.sum(weights * scores, axis=1)
-        dc = tl.dot(weights.to(OPERAND), b_s.to(OPERAND), dc, input_precision=PRECISION)
+    for own in tl.static_range(2):  # earlier blocks, then the program's own
+        if own:
+            dc *= to_row[:, None]
+            inside *= to_row
+        for block in range(begin if own else 0, tl.minimum(begin + ROWS, length) if own else begin, COLUMNS):
+            s = block + offset
+            has_column = s < length
+            b_s = tl.load(B + s[:, None] * b_token + n[None, :], mask=has_column[:, None] & (n < N)[None, :], other=0.0)
+            x_s = tl.load(x + s[:, None] * x_token + p[None, :], mask=has_column[:, None] & (p < P)[None, :], other=0.0)
+            log_s = tl.load(log_decay + s, mask=has_column, other=0.0)
+            delta_s = tl.load(delta + s, mask=has_column, other=0.0)
+            weights = tl.dot(dy_t, tl.trans(x_s.to(OPERAND)), input_precision=PRECISION)
+            if own:
+                if HAS_D:
+                    skipped += tl.sum(tl.where(t[:, None] == s[None, :], weights, 0.0), axis=1)
+                weights *= decays_between(t[:, None], s[None, :], log_t[:, None], log_s[None, :], length) * delta_s[None, :]
+            else:
+                weights *= (tl.exp2(log_border - log_s) * delta_s)[None, :]
+            scores = tl.dot(c, tl.trans(b_s.to(OPERAND)), input_precision=PRECISION)
+            inside += tl.sum(weights * scores, axis=1)
+            dc = tl.dot(weights.to(OPERAND), b_s.to(OPERAND), dc, input_precision=PRECISION)
     out = dC + (first * H + head) * N + t[:, None] * (H * N) + n[None, :]
     tl.store(out, dc.to(dC.dtype.element_ty), mask=has_row & (n < N)[None, :])
     sums += head.to(tl.int64) * num_tokens + start + t
@@ -146,22 +155,35 @@ def writer_gradient_kernel(
         inside = tl.zeros([ROWS], tl.float32)
         c_at = C + first * c_token + head * c_head
         dy_at = dy + first * dy_token + head * dy_head
-        for block in range(begin // COLUMNS * COLUMNS, length, COLUMNS):
-            t = block + offset
-            has_column = (t < length)[:, None]
-            c_t = tl.load(c_at + t[:, None] * c_token + n[None, :], mask=has_column & (n < N)[None, :], other=0.0)
-            dy_t = tl.load(dy_at + t[:, None] * dy_token + p[None, :], mask=has_column & (p < P)[None, :], other=0.0)
-            log_t = tl.load(log_decay + scalars + t, mask=t < length, other=0.0)
-            decay = decays_between(t[None, :], s[:, None], log_t[None, :], log_s[:, None], length)
-            weights = tl.dot(x_s, tl.trans(dy_t.to(OPERAND)), input_precision=PRECISION) * decay
-            scores = tl.dot(b_s, tl.trans(c_t.to(OPERAND)), input_precision=PRECISION)
-            inside += tl.sum(weights * scores, axis=1)
-            weights *= delta_s[:, None]
-            scores *= decay * delta_s[:, None]
-            if HAS_D:
-                scores += tl.where(s[:, None] == t[None, :], skip, 0.0)
-            db_s = tl.dot(weights.to(OPERAND), c_t.to(OPERAND), db_s, input_precision=PRECISION)
-            dx_s = tl.dot(scores.to(OPERAND), dy_t.to(OPERAND), dx_s, input_precision=PRECISION)
+        log_border = tl.load(log_decay + scalars + tl.minimum(begin + ROWS, length) - 1)
+        from_row = tl.exp2(tl.where(s < length, log_border - log_s, 0.0))
+        for own in tl.static_range(2):  # later blocks, then the program's own
+            if own:
+                inside *= from_row
+            for block in range(begin if own else begin + ROWS, tl.minimum(begin + ROWS, length) if own else length, COLUMNS):
+                t = block + offset
+                has_column = (t < length)[:, None]
+                c_t = tl.load(c_at + t[:, None] * c_token + n[None, :], mask=has_column & (n < N)[None, :], other=0.0)
+                dy_t = tl.load(dy_at + t[:, None] * dy_token + p[None, :], mask=has_column & (p < P)[None, :], other=0.0)
+                log_t = tl.load(log_decay + scalars + t, mask=t < length, other=0.0)
+                weights = tl.dot(x_s, tl.trans(dy_t.to(OPERAND)), input_precision=PRECISION)
+                scores = tl.dot(b_s, tl.trans(c_t.to(OPERAND)), input_precision=PRECISION)
+                if own:
+                    decay = decays_between(t[None, :], s[:, None], log_t[None, :], log_s[:, None], length)
+                    weights *= decay
+                    inside += tl.sum(weights * scores, axis=1)
+                    weights *= delta_s[:, None]
+                    scores *= decay * delta_s[:, None]
+                    if HAS_D:
+                        scores += tl.where(s[:, None] == t[None, :], skip, 0.0)
+                else:
+                    to_column = tl.exp2(tl.where(t < length, log_t - log_border, 0.0))[None, :]
+                    weights *= to_column
+                    inside += tl.sum(weights * scores, axis=1)
+                    weights *= (from_row * delta_s)[:, None]
+                    scores *= to_column * (from_row * delta_s)[:, None]
+                db_s = tl.dot(weights.to(OPERAND), c_t.to(OPERAND), db_s, input_precision=PRECISION)
+                dx_s = tl.dot(scores.to(OPERAND), dy_t.to(OPERAND), dx_s, input_precision=PRECISION)
         tl.store(to_sums + WRITTEN_INSIDE * row, inside, mask=s < length)
     groups = tl.num_programs(0)
     tl.store(

@@ -1,6 +1,8 @@
 """The forward kernel of the SSD scan: a chunk's outputs from the state that enters it and from its own tokens.
 
-Chunks, decays l and step sizes Δ are those of triton_chunks.py.
+Chunks, decays l and step sizes Δ are those of triton_chunks.py. A program's own tokens stand in blocks: within its own block
+the decay exp(l_t - l_s) is taken for every pair; between its block and another it factors at the border, exp(l_t - l_b)·
+exp(l_b - l_s), both at most 1, so that a pair costs a product and no exponential.
 """
 
 import triton
@@ -48,17 +50,24 @@ def output_kernel(
     log_t = tl.load(log_decay + t, mask=t < length, other=0.0)
     state_at = entry + (chunk * H + head) * (P * N) + p[:, None] * N + n[None, :]
     state = tl.load(state_at, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0).to(OPERAND)
-    out = tl.dot(c, tl.trans(state), input_precision=PRECISION) * tl.exp2(log_t)[:, None]
-    for block in range(0, tl.minimum(begin + ROWS, length), COLUMNS):
-        s = block + offset
-        has_column = s < length
-        b_s = tl.load(B + s[:, None] * b_token + n[None, :], mask=has_column[:, None] & (n < N)[None, :], other=0.0)
-        x_s = tl.load(x + s[:, None] * x_token + p[None, :], mask=has_column[:, None] & (p < P)[None, :], other=0.0)
-        log_s = tl.load(log_decay + s, mask=has_column, other=0.0)
-        delta_s = tl.load(delta + s, mask=has_column, other=0.0)
-        scores = tl.dot(c, tl.trans(b_s.to(OPERAND)), input_precision=PRECISION)
-        scores *= decays_between(t[:, None], s[None, :], log_t[:, None], log_s[None, :], length) * delta_s[None, :]
-        out = tl.dot(scores.to(OPERAND), x_s.to(OPERAND), out, input_precision=PRECISION)
+    log_border = tl.load(log_decay + begin - 1, mask=begin > 0, other=0.0)
+    out = tl.dot(c, tl.trans(state), input_precision=PRECISION) * tl.exp2(log_border)
+    for own in tl.static_range(2):  # earlier blocks, then the program's own
+        if own:
+            out *= tl.exp2(tl.where(t < length, log_t - log_border, 0.0))[:, None]
+        for block in range(begin if own else 0, tl.minimum(begin + ROWS, length) if own else begin, COLUMNS):
+            s = block + offset
+            has_column = s < length
+            b_s = tl.load(B + s[:, None] * b_token + n[None, :], mask=has_column[:, None] & (n < N)[None, :], other=0.0)
+            x_s = tl.load(x + s[:, None] * x_token + p[None, :], mask=has_column[:, None] & (p < P)[None, :], other=0.0)
+            log_s = tl.load(log_decay + s, mask=has_column, other=0.0)
+            delta_s = tl.load(delta + s, mask=has_column, other=0.0)
+            scores = tl.dot(c, tl.trans(b_s.to(OPERAND)), input_precision=PRECISION)
+            if own:
+                scores *= decays_between(t[:, None], s[None, :], log_t[:, None], log_s[None, :], length) * delta_s[None, :]
+            else:
+                scores *= (tl.exp2(log_border - log_s) * delta_s)[None, :]
+            out = tl.dot(scores.to(OPERAND), x_s.to(OPERAND), out, input_precision=PRECISION)
     exists = has_row & (p < P)[None, :]
     if HAS_D:
         own = tl.load(x + t[:, None] * x_token + p[None, :], mask=exists, other=0.0).to(tl.float32)

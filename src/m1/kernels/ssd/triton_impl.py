@@ -41,7 +41,10 @@ MAX_WIDTH = {2: 256, 4: 128}  # of P and N, by an operand's bytes: a program hol
 
 
 class Tile(NamedTuple):
-    """What one program works on: tokens (or rows of a state) it owns, tokens it reads at a time; and its launch."""
+    """What one program works on: tokens (or rows of a state) it owns, tokens it reads at a time; and its launch.
+
+    For tokens, `columns` must divide `rows`, and `rows` the chunk; both are powers of 2 from 16 on.
+    """
 
     rows: int
     columns: int
