@@ -129,13 +129,13 @@ def writer_gradient_kernel(
     has_row = (s < length)[:, None]
     has_x, has_b = has_row & (p < P)[None, :], has_row & (n < N)[None, :]
     is_state = (p < P)[:, None] & (n < N)[None, :]
-    x_s = tl.load(x + s[:, None] * x_token + p[None, :], mask=has_x, other=0.0).to(OPERAND)
-    b_at = B + s[:, None] * b_token + n[None, :]
-    b_s = tl.load(b_at, mask=has_b, other=0.0).to(OPERAND)
     dx_s = tl.zeros([ROWS, BP], tl.float32)
     db_s = tl.zeros([ROWS, BN], tl.float32)
     for member in tl.range(0, SHARED, disable_licm=True):
         head = group * SHARED + member
+        # x and B come from L2 for every head: kept from one to the next, they would cost registers.
+        x_s = tl.load(x + s[:, None] * x_token + p[None, :], mask=has_x, other=0.0).to(OPERAND)
+        b_s = tl.load(B + s[:, None] * b_token + n[None, :], mask=has_b, other=0.0).to(OPERAND)
         scalars = head.to(tl.int64) * num_tokens + start
         log_s = tl.load(log_decay + scalars + s, mask=s < length, other=0.0)
         delta_s = tl.load(delta + scalars + s, mask=s < length, other=0.0)
@@ -146,8 +146,7 @@ def writer_gradient_kernel(
         through_b = tl.dot(x_s, q, input_precision=PRECISION) * to_end[:, None]
         to_sums = sums + scalars + s
         row = num_tokens.to(tl.int64) * H
-        b_again = tl.load(b_at, mask=has_b, other=0.0).to(tl.float32)  # from L2: registers are short
-        tl.store(to_sums + WRITTEN_END * row, tl.sum(through_b * b_again, axis=1), mask=s < length)
+        tl.store(to_sums + WRITTEN_END * row, tl.sum(through_b * b_s.to(tl.float32), axis=1), mask=s < length)
         db_s += through_b * delta_s[:, None]
         dx_s += tl.dot(b_s, tl.trans(q), input_precision=PRECISION) * (to_end * delta_s)[:, None]
         if HAS_D:
