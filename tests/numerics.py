@@ -42,6 +42,9 @@ ENGINE_LOGPROBS_BF16 = 0.02
 # The sampled token's log-prob, fp32, absolute: a sum of up to 150,000 exponentials in another order, and its logarithm.
 SAMPLE_LOGPROB = 1e-4
 
+# Differences of fp32 numbers that would be 0 in exact arithmetic, absolute: a few units in the last place of log-probs near 4.
+ROUNDING = 2e-6
+
 
 def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root-mean-square error of `actual` over the root-mean-square of `expected`; NaN anywhere gives NaN (never passes `<`)."""

@@ -20,6 +20,7 @@ RUNNERS = {
     "select": "m1.training.select",
     "distill": "m1.training.distill",
     "sft": "m1.training.sft",
+    "on-policy": "m1.training.on_policy",
     "grpo": "m1.training.grpo",
     "solve": "m1.solve",
     "report": "m1.report",

@@ -241,21 +241,53 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class GRPOConfig(TrainConfig):
-    """Reinforcement learning from checked answers: group-relative advantages, no critic (arXiv 2402.03300, 2504.10449)."""
+class RolloutConfig(TrainConfig):
+    """What every stage has that samples from the model it trains."""
 
-    learning_rate: float = 1e-6
-    """Peak rate of everything that is not frozen."""
     problems_per_step: int = 64
     """Problems sampled for one step."""
     samples_per_problem: int = 8
     """Completions a problem: the group."""
-    updates_per_step: int = 1
-    """Optimizer updates on one set of samples (mini-batches)."""
     max_new_tokens: int = 512
     """Longest completion."""
     temperature: float = 1.0
     """Sampling temperature."""
+
+
+@dataclass(kw_only=True)
+class OnPolicyConfig(RolloutConfig):
+    """On-policy distillation: the hybrid samples, and learns at each of its own tokens what the teacher would have done.
+
+    arXiv 2306.13649.
+    """
+
+    teacher: str = ""
+    """The model to learn from; a directory or hub name with the same vocabulary."""
+    shard_teacher: bool = False
+    """With several ranks: divide the teacher among them too. Less memory, more traffic."""
+    samples_per_problem: int = 1
+    """Completions a problem."""
+    kl: Literal["forward", "reverse"] = "reverse"
+    """reverse: KL(student || teacher), over the whole vocabulary at each token. forward: KL(teacher || student)."""
+    mixer_learning_rate: float | None = 1e-5
+    """Peak rate of the mixers."""
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(RolloutConfig):
+    """Reinforcement learning from checked answers: group-relative advantages, no critic (arXiv 2402.03300, 2504.10449)."""
+
+    learning_rate: float = 1e-6
+    """Peak rate of everything that is not frozen."""
+    refill: float = 1.0
+    """A step goes on sampling until problems_per_step groups have differing scores, but at most this many times
+    problems_per_step; 1: groups of one score, which teach nothing, are left out and the step is smaller."""
+    overlong: Literal["keep", "drop"] = "keep"
+    """Samples cut off at max_new_tokens. keep: they count as they were scored. drop: they count in their group's mean only."""
+    overlong_buffer: int = 0
+    """The reward falls linearly, by up to 1, over the last so many tokens before max_new_tokens; 0: it does not."""
+    updates_per_step: int = 1
+    """Optimizer updates on one set of samples (mini-batches)."""
     clip_low: float = 0.2
     """The probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.28
@@ -381,6 +413,7 @@ COMMANDS: dict[str, type] = {
     "select": SelectConfig,
     "distill": DistillConfig,
     "sft": SFTConfig,
+    "on-policy": OnPolicyConfig,
     "grpo": GRPOConfig,
     "solve": SolveConfig,
     "report": ReportConfig,

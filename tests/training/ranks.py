@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from m1.config import AlignConfig, DistillConfig, SFTConfig
+from m1.config import AlignConfig, DistillConfig, GRPOConfig, OnPolicyConfig, SFTConfig
+from m1.reasoning.problems import Problem
+from m1.reasoning.rewards import Score
 from m1.training.align import align
 from m1.training.distill import distill
 from m1.training.distributed import is_first
 from m1.training.distributed import ranks as process_group
+from m1.training.grpo import grpo
 from m1.training.loop import train
+from m1.training.on_policy import distill_on_policy
 from m1.training.optimizer import select_trainable
 from m1.training.run_directory import RunDirectory
 from m1.training.sft import SFTStage, sft
@@ -73,7 +77,25 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"gradient_checkpointing": True, "reshard_after_forward": False, "precision": "bfloat16"},
         {"mixer": "mamba2"},
     ),
+    "grpo": ("grpo", {}, {}),
+    "grpo, mamba2, two updates, refilled, kl": (
+        "grpo",
+        {"updates_per_step": 2, "refill": 3.0, "kl_weight": 0.1, "learning_rate": 2e-3},
+        {"mixer": "mamba2"},
+    ),
+    "on-policy, teacher divided": ("on-policy", {"shard_teacher": True}, {}),
+    "on-policy, mamba2": ("on-policy", {}, {"mixer": "mamba2"}),
 }
+# Three problems a step: one rank samples two of them, the other one.
+ROLLOUTS: dict[str, Any] = {"problems_per_step": 3, "samples_per_problem": 4, "max_new_tokens": 5}
+PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+
+
+class OddTokens:
+    """A scorer that likes completions whose number of words is odd."""
+
+    def score_many(self, problems: list[Problem], completions: list[str]) -> list[Score]:
+        return [Score(float(len(text.split()) % 2), None) for text in completions]
 
 
 def run_case(name: str, out: Path) -> None:
@@ -90,6 +112,14 @@ def run_case(name: str, out: Path) -> None:
         result = align(student, teacher, documents, AlignConfig(**SIZES | fields), progress=False)
     elif stage == "distill":
         result = distill(student, teacher, documents, DistillConfig(**SIZES | fields), progress=False)
+    elif stage == "grpo":
+        tokenizer = tiny.word_tokenizer(" ".join(f"w{i}" for i in range(1, 67)))
+        problems = [Problem(str(ids), tokenizer.decode(ids), "") for ids in PROMPTS]
+        config = GRPOConfig(**SIZES | ROLLOUTS | {"suffix": ""} | fields)
+        result = grpo(student, tokenizer, problems, config, scorer=OddTokens(), progress=False)
+    elif stage == "on-policy":
+        config = OnPolicyConfig(**SIZES | ROLLOUTS | fields)
+        result = distill_on_policy(student, teacher, None, PROMPTS, config, progress=False)
     else:
         result = sft(student, documents, SFTConfig(**SIZES | fields), progress=False)
     weights = {name: tensor.clone() for name, tensor in full_parameters(student)}

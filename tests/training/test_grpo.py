@@ -9,7 +9,8 @@ from m1.config import GRPOConfig
 from m1.modeling import SequenceLayout
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
-from m1.training.grpo import GRPOStage, Rollout, group_advantages, grpo, pack_rollouts
+from m1.training.groups import group_advantages
+from m1.training.grpo import GRPOStage, Rollout, grpo, pack_rollouts
 from m1.training.loop import _accumulate
 from m1.training.optimizer import select_trainable
 from m1.training.rollouts import EngineSampler, ProblemStream, Sample
@@ -28,10 +29,12 @@ class PlainSampler:
         self.model, self.tokenizer, self.seeds = model, tokenizer, []
 
     @torch.no_grad()
-    def sample(self, prompts, *, num_samples, max_new_tokens, temperature, seed):
-        self.seeds.append(seed)
-        generator = torch.Generator().manual_seed(seed)
-        return [[self._one(prompt, max_new_tokens, temperature, generator) for _ in range(num_samples)] for prompt in prompts]
+    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature):
+        self.seeds.append(tuple(seeds))
+        return [
+            [self._one(prompt, max_new_tokens, temperature, generator) for _ in range(num_samples)]
+            for prompt, generator in zip(prompts, map(torch.Generator().manual_seed, seeds), strict=True)
+        ]
 
     def _one(self, prompt, max_new_tokens, temperature, generator):
         tokens, log_probs = [], []
@@ -51,6 +54,13 @@ class RewardExactly:
 
     def score_many(self, problems, completions):
         return [Score(float(text == problem.answer), text) for problem, text in zip(problems, completions, strict=True)]
+
+
+class RewardBeginning:
+    """1 for a text that begins with the problem's answer: one of eight, at first."""
+
+    def score_many(self, problems, completions):
+        return [Score(float(text[:1] == problem.answer), text) for problem, text in zip(problems, completions, strict=True)]
 
 
 class RewardNothing:
@@ -125,7 +135,7 @@ def test_a_rewarded_token_becomes_more_probable(updates):
         return F.log_softmax(model.lm_head(hidden[1]), -1)[3].item()
 
     before = log_prob_of_answer()
-    result = grpo(model, TOKENIZER, PROBLEMS[:1], config, sampler=sampler, scorer=RewardExactly(), progress=False)
+    result = grpo(model, TOKENIZER, PROBLEMS[:1], config, sampler=sampler, scorer=RewardBeginning(), progress=False)
     assert 0 < result.last["reward"] < 1
     assert log_prob_of_answer() > before + 0.01
     assert result.last["log_prob_gap"] < 1e-5
@@ -134,7 +144,7 @@ def test_a_rewarded_token_becomes_more_probable(updates):
 
 def make_stage(model, config, scorer=None, sampler=None):
     sampler = sampler or PlainSampler(model)
-    return GRPOStage(model, TOKENIZER, PROBLEMS, config, sampler=sampler, scorer=scorer or RewardExactly())
+    return GRPOStage(model, TOKENIZER, PROBLEMS, config, sampler=sampler, scorer=scorer or RewardBeginning())
 
 
 def test_groups_that_teach_nothing_are_dropped():
@@ -145,11 +155,13 @@ def test_groups_that_teach_nothing_are_dropped():
     assert 0 < kept < 6
     packed = sum(batch.packed.layout.num_sequences for batches in step.updates for batch in batches)
     assert packed == kept * config.samples_per_problem
-    nothing = make_stage(model, config, RewardNothing()).draw(0)
+    with pytest.warns(UserWarning, match="took too long"):
+        nothing = make_stage(model, config, RewardNothing()).draw(0)
     assert nothing.updates == []
     assert (nothing.metrics["dropped_groups"], nothing.metrics["failed_rewards"]) == (1.0, 48)
 
 
+@pytest.mark.filterwarnings("ignore:a reward could not be computed")
 def test_a_step_in_which_nothing_was_solved_is_no_accident():
     model = make_model()
     result = grpo(
@@ -158,6 +170,41 @@ def test_a_step_in_which_nothing_was_solved_is_no_accident():
     assert [record["reward"] for record in result.metrics] == [0.0, 0.0]
     for name, parameter in make_model().named_parameters():
         assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_a_refilled_step_has_all_its_groups():
+    model, config = make_model(), make_config(problems_per_step=6, refill=20.0, samples_per_problem=4)
+    step = make_stage(model, config).draw(0)
+    assert step.metrics["groups"] > 6
+    packed = sum(batch.packed.layout.num_sequences for batches in step.updates for batch in batches)
+    assert packed == 6 * 4
+
+
+def test_samples_that_were_cut_off_can_be_left_out():
+    """They count in their group's mean, but no gradient comes from them."""
+    model = make_model()
+    drawn = {name: make_stage(model, make_config(problems_per_step=6, overlong=name)).draw(0) for name in ("keep", "drop")}
+    assert drawn["keep"].metrics["truncated"] > 0
+
+    def tokens(step):
+        """(tokens, advantage) of each sample, in no order."""
+        return sorted(
+            (tuple(targets.tolist()), advantages[0].item())
+            for batches in step.updates
+            for batch in batches
+            for targets, advantages in _by_sample(batch)
+        )
+
+    kept, left = tokens(drawn["keep"]), tokens(drawn["drop"])
+    assert left == [(targets, advantage) for targets, advantage in kept if targets[-1] == 0]
+    assert 0 < len(left) < len(kept)
+
+
+def _by_sample(batch):
+    """(targets, advantages) of each sample of a batch."""
+    document = torch.bucketize(batch.packed.target_positions, batch.packed.layout.cu_seqlens[1:], right=True)
+    for number in document.unique():
+        yield batch.tokens.targets[document == number], batch.tokens.advantages[document == number]
 
 
 def test_an_accumulated_gradient_is_the_large_batchs():
@@ -189,7 +236,7 @@ def test_old_log_probs_are_those_of_the_policy_that_sampled():
 def test_the_reference_stays_behind():
     model, config = make_model(), make_config(steps=3, kl_weight=0.05)
     sampler = PlainSampler(model)
-    result = grpo(model, TOKENIZER, PROBLEMS, config, sampler=sampler, scorer=RewardExactly(), progress=False)
+    result = grpo(model, TOKENIZER, PROBLEMS, config, sampler=sampler, scorer=RewardBeginning(), progress=False)
     assert len(set(sampler.seeds)) == 3  # and every step samples anew
     divergences = [record["kl"] for record in result.metrics if "kl" in record]
     assert abs(divergences[0]) < 1e-6
@@ -204,11 +251,11 @@ def test_the_engine_samples_from_the_model_being_trained(mixer, precision):
     prompts = [[1, 2], [4], [5, 6, 7]]
     sampler = EngineSampler(model, TOKENIZER, precision=precision, max_length=12)
     stage = make_stage(model, make_config(precision=precision), sampler=sampler)
-    options = {"num_samples": 4, "max_new_tokens": 5, "temperature": 0.8, "seed": 3}
+    options = {"num_samples": 4, "max_new_tokens": 5, "temperature": 0.8, "seeds": [3, 4, 5]}
     stage.config.temperature = 0.8
     tolerance = CACHED_EQUALS_PLAIN if precision == "float32" else 0.05
     texts = []
-    for shift in (0.0, 0.5):
+    for shift in (0.0, 2.0):
         with torch.no_grad():
             model.model.norm.weight.add_(shift)
         groups = sampler.sample(prompts, **options)
@@ -273,6 +320,8 @@ def test_problems_come_in_seeded_epochs_and_resume():
     ("fields", "message"),
     [
         ({"samples_per_problem": 1}, "--samples-per-problem: expected at least 2, got 1"),
+        ({"refill": 0.5}, "--refill: expected at least 1, got 0.5"),
+        ({"overlong_buffer": 4}, "--overlong-buffer: expected at most --max-new-tokens 3, got 4"),
         ({"temperature": 0.0}, "--temperature: expected more than 0"),
         ({"max_new_tokens": 20}, "--max-new-tokens 20 leaves no room for a prompt within --max-length 20"),
         ({"max_new_tokens": 19, "suffix": " a"}, "no problem's prompt leaves room"),

@@ -1,8 +1,8 @@
 """GRPO: sample groups, score them, and raise the probability of what scored better than its group (arXiv 2402.03300, §4.1).
 
-A step draws problems, samples a group of completions for each, and takes one or more updates on them. The gradient is the
-mean over all tokens of an update; groups in which all score alike teach nothing and are dropped (arXiv 2503.14476). The
-loss of a token is in `policy_loss.py`, sampling in `rollouts.py`, rewards in m1.reasoning.
+A step draws groups (`groups.py`) and takes one or more updates on them. The gradient is the mean over all tokens of an
+update, of all ranks; groups in which all score alike teach nothing and are dropped, or replaced by others (arXiv 2503.14476).
+The loss of a token is in `policy_loss.py`, sampling in `rollouts.py`, rewards in m1.reasoning.
 Legend: N completion tokens of a batch.
 """
 
@@ -24,16 +24,16 @@ from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
 from m1.training.command import run_training
 from m1.training.data import prompt_ids
+from m1.training.distributed import share
+from m1.training.groups import GroupSource, describe, group_advantages
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, mean_over_targets, train
 from m1.training.losses import TokenLogProbs, head_loss, target_states
 from m1.training.optimizer import select_trainable
 from m1.training.packing import Document, PackedBatch, best_fit, pack
 from m1.training.policy_loss import PolicyLoss, PolicyTokens
-from m1.training.rollouts import EngineSampler, ProblemStream, Sample, Sampler
+from m1.training.rollouts import EngineSampler, ProblemStream, Sample, Sampler, check_rollout_settings, with_room
 from m1.training.run_directory import RunDirectory
 from m1.training.sources import read_problem_set
-
-FULL_MARKS = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,53 +89,34 @@ class GRPOStage:
         scorer: Scorer,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.sampler, self.scorer = sampler, scorer
         self.stream = ProblemStream(problems, config.seed)
+        self.source = GroupSource(
+            self.stream, lambda problem: _prompt(problem, tokenizer, config), config, sampler=sampler, scorer=scorer
+        )
         self.reference = _frozen_copy(model, config.precision) if config.kl_weight else None
+        self._drawn_at, self._num_drawn = 0.0, 0  # when training on the drawn samples began, and on how many tokens
 
     def draw(self, step: int) -> Step:
-        config, began = self.config, time.perf_counter()
-        problems = self.stream.next_problems(config.problems_per_step)
-        prompts = [_prompt(problem, self.tokenizer, config) for problem in problems]
-        groups = self.sampler.sample(
-            prompts,
-            num_samples=config.samples_per_problem,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=config.seed * 1_000_003 + step,
-        )
-        sampled = time.perf_counter()
-        scores = self.scorer.score_many(
-            [problem for problem, group in zip(problems, groups, strict=True) for _ in group],
-            [sample.text for group in groups for sample in group],
-        )
-        rewards = np.array([score.reward for score in scores]).reshape(len(groups), -1)  # [problems, samples]
-        scored = time.perf_counter()
-        advantages = group_advantages(rewards)
+        drawn = self.source.draw(step)
+        useful = [group for group in drawn.groups if group.is_useful][: self.config.problems_per_step]
         rollouts = [
-            Rollout(prompt, sample, float(advantage))
-            for prompt, group, of_group in zip(prompts, groups, advantages)
-            if of_group.any()
-            for sample, advantage in zip(group, of_group, strict=True)
+            Rollout(group.prompt, sample, float(advantage))
+            for group in useful
+            for sample, advantage in zip(group.samples, group_advantages(group.rewards[None])[0], strict=True)
+            if self.config.overlong == "keep" or not sample.is_truncated
         ]
-        metrics = _describe(rewards, groups, num_failed=sum(score.reason is not None for score in scores))
-        num_sampled = sum(len(sample.token_ids) for group in groups for sample in group)
-        metrics |= {
-            "seconds_sampling": round(sampled - began, 4),
-            "seconds_rewards": round(scored - sampled, 4),
-            "sampled_tokens_per_second": round(num_sampled / (sampled - began), 1),
-        }
-        return Step(self._updates(rollouts, step), metrics)
+        self._drawn_at, self._num_drawn = time.perf_counter(), sum(rollout.num_tokens for rollout in rollouts)
+        return Step(self._updates(rollouts, step), describe(drawn))
 
     def _updates(self, rollouts: list[Rollout], step: int) -> list[list[PolicyBatch]]:
-        """The step's rollouts, shuffled into `updates_per_step` mini-batches of packed micro-batches."""
+        """The step's rollouts, shuffled into `updates_per_step` mini-batches of packed micro-batches: this rank's share."""
         order = np.random.default_rng([self.config.seed, step]).permutation(len(rollouts))
         parts = [part for part in np.array_split(order, self.config.updates_per_step) if len(part)]
         updates = []
         for part in parts:
-            mine = [rollouts[i] for i in part]
-            bins = best_fit([rollout.num_tokens for rollout in mine], self.config.tokens_per_batch)
-            updates.append([pack_rollouts([mine[i] for i in bin_]) for bin_ in bins])
+            chosen = [rollouts[i] for i in part]
+            bins = best_fit([rollout.num_tokens for rollout in chosen], self.config.tokens_per_batch)
+            updates.append([pack_rollouts([chosen[i] for i in bin_], counts=counts) for bin_, counts in share(bins)])
         old = self.model if len(updates) > 1 else None  # with one update, the log-probs in its own forward are the old ones
         return [[self._with_log_probs(batch, old) for batch in batches] for batches in updates]
 
@@ -174,6 +155,11 @@ class GRPOStage:
         means = mean_over_targets(sums, num_targets)
         summary = {"loss": means["loss"], "entropy": means["entropy"], "clip_share": means["clipped"]}
         summary |= {"log_prob_gap": means["gap"], "importance_weight": means["importance"]}
+        seconds = time.perf_counter() - self._drawn_at
+        summary |= {
+            "seconds_training": round(seconds, 4),
+            "trained_tokens_per_second": round(self._num_drawn / seconds, 1),
+        }
         return summary | ({"kl": means["kl"]} if self.reference is not None else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,14 +169,7 @@ class GRPOStage:
         self.stream.load_state_dict(state)
 
 
-def group_advantages(rewards: np.ndarray) -> np.ndarray:
-    """(reward - mean) / (standard deviation + 1e-6) within each row of [problems, samples]; 0 where a row is constant."""
-    centred = rewards - rewards.mean(1, keepdims=True)
-    constant = (rewards == rewards[:, :1]).all(1, keepdims=True)
-    return np.where(constant, 0.0, centred / (rewards.std(1, keepdims=True) + 1e-6))
-
-
-def pack_rollouts(rollouts: Sequence[Rollout]) -> PolicyBatch:
+def pack_rollouts(rollouts: Sequence[Rollout], *, counts: bool = True) -> PolicyBatch:
     """Rollouts side by side; every completion token is a target, in the order of the tensors of `PolicyTokens`."""
     packed = pack(
         [
@@ -199,26 +178,12 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> PolicyBatch:
                 np.arange(rollout.num_tokens) >= len(rollout.prompt),
             )
             for rollout in rollouts
-        ]
+        ],
+        counts=counts,
     )
     advantages = [rollout.advantage for rollout in rollouts for _ in rollout.sample.token_ids]
     log_probs = [value for rollout in rollouts for value in rollout.sample.log_probs]
     return PolicyBatch(packed, PolicyTokens(packed.targets, torch.tensor(advantages), torch.tensor(log_probs)))
-
-
-def _describe(rewards: np.ndarray, groups: Sequence[Sequence[Sample]], num_failed: int) -> dict[str, float]:
-    """Metrics of what was sampled, all groups counted. pass_at_k: share of problems that one of the group solved."""
-    samples = [sample for group in groups for sample in group]
-    correct = rewards >= FULL_MARKS
-    return {
-        "reward": float(rewards.mean()),
-        "pass_at_1": float(correct.mean()),
-        "pass_at_k": float(correct.any(1).mean()),
-        "length": float(np.mean([len(sample.token_ids) for sample in samples])),
-        "truncated": float(np.mean([sample.is_truncated for sample in samples])),
-        "dropped_groups": float((rewards == rewards[:, :1]).all(1).mean()),
-        "failed_rewards": num_failed,
-    }
 
 
 def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: GRPOConfig) -> list[int]:
@@ -246,7 +211,7 @@ def grpo(
     does not exist; see `loop.train` for the rest.
     """
     check_settings(config)
-    problems = with_room(problems, tokenizer, config)
+    problems = with_room(problems, lambda problem: _prompt(problem, tokenizer, config), config)
     select_trainable(model, config.frozen)
     with ExitStack() as owned:
         scorer = owned.enter_context(Scorer()) if scorer is None else scorer
@@ -259,27 +224,14 @@ def grpo(
 
 def check_settings(config: GRPOConfig) -> None:
     """ValueError for settings that can't work together."""
-    for name, least in (("problems_per_step", 1), ("samples_per_problem", 2), ("updates_per_step", 1), ("max_new_tokens", 1)):
+    check_rollout_settings(config)
+    for name, least in (("samples_per_problem", 2), ("updates_per_step", 1), ("refill", 1), ("overlong_buffer", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
-    if config.temperature <= 0:
-        raise ValueError(f"--temperature: expected more than 0, so that samples differ, got {config.temperature}")
-    if config.max_new_tokens >= config.max_length:
+    if config.overlong_buffer > config.max_new_tokens:
         raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt within --max-length {config.max_length}"
+            f"--overlong-buffer: expected at most --max-new-tokens {config.max_new_tokens}, got {config.overlong_buffer}"
         )
-
-
-def with_room(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: GRPOConfig) -> list[Problem]:
-    """The problems whose prompt and `max_new_tokens` fit into `max_length`; ValueError if there is none."""
-    room = config.max_length - config.max_new_tokens
-    kept = [problem for problem in problems if len(_prompt(problem, tokenizer, config)) <= room]
-    if not kept:
-        raise ValueError(
-            f"data: no problem's prompt leaves room for --max-new-tokens {config.max_new_tokens} within --max-length "
-            f"{config.max_length}"
-        )
-    return kept
 
 
 def run(config: GRPOConfig) -> None:
@@ -289,7 +241,7 @@ def run(config: GRPOConfig) -> None:
 
         def read(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Problem], str]:
             problems = read_problem_set(config.data, num_problems=config.num_problems, seed=config.seed, reward=config.reward)
-            kept = with_room(problems, tokenizer, config)
+            kept = with_room(problems, lambda problem: _prompt(problem, tokenizer, config), config)
             first_of_each = {problem.reward: problem for problem in kept}
             scorer.score_many(list(first_of_each.values()), [""] * len(first_of_each))  # a reward that is not there says so now
             samples = config.problems_per_step * config.samples_per_problem

@@ -113,6 +113,23 @@ def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, re
     return [dataclasses.replace(problem, reward=reward) for problem in problems]
 
 
+def read_prompts(sources: Sequence[str], *, num_problems: int, seed: int, suffix: str) -> list[str]:
+    """What is asked in the rows of `sources`, each text once: prompts as they stand, problems with `suffix`.
+
+    Raises as `read_rows` does, and ValueError for messages with more in them than a question and its answer.
+    """
+    texts: dict[str, None] = {}
+    for row in read_rows(sources, num_problems=num_problems, seed=seed):
+        fields = row.fields
+        if "messages" in fields:
+            if [message["role"] for message in fields["messages"]] != ["user", "assistant"]:
+                raise ValueError(f"{row.where}: expected a user's message and an assistant's, to sample answers to the first")
+            texts[fields["messages"][0]["content"]] = None
+        else:
+            texts[fields["prompt"] if "prompt" in fields else fields["problem"] + suffix] = None
+    return list(texts)
+
+
 def check_row(fields: Any, where: str) -> Row:
     """The row, if it has one of the three shapes; else ValueError that says `where` and what is wrong."""
     if not isinstance(fields, Mapping):
