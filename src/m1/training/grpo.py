@@ -33,6 +33,7 @@ from m1.training.packing import Document, PackedBatch, best_fit, pack
 from m1.training.policy_loss import PolicyLoss, PolicyTokens
 from m1.training.rollouts import EngineSampler, ProblemStream, Sample, Sampler, check_rollout_settings, with_room
 from m1.training.run_directory import RunDirectory
+from m1.training.sharding import forget_gathered
 from m1.training.sources import read_problem_set
 
 
@@ -134,6 +135,7 @@ class GRPOStage:
         recorder = TokenLogProbs(batch.targets, self.config.temperature)
         with autocast(self.config.precision, model.device):
             head_loss(recorder, target_states(model, batch))
+        forget_gathered(model)  # what a divided model gathered without gradients must not serve the forward that has them
         return recorder.log_probs
 
     def backward(self, batch: PolicyBatch, num_targets: float) -> dict[str, Tensor]:
