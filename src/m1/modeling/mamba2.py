@@ -125,7 +125,6 @@ class Mamba2Mixer(nn.Module):
 
     def _step(self, z: Tensor, vkq: Tensor, dt: Tensor, layout: SequenceLayout, state: ModelState) -> Tensor:
         """One token a sequence where nothing stands between convolution and scan: gated, normed outputs [n, H, P]."""
-        A, scan = self._dynamics()
         return mamba2_step(
             *state.of_mixer(self.layer),
             z,
@@ -133,8 +132,9 @@ class Mamba2Mixer(nn.Module):
             dt,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            A,
-            **scan,
+            self.A_log,
+            D=self.D,
+            dt_bias=self.dt_bias,
             conv_activation=self.config.conv_activation,
             norm_weight=None if self.norm is None else self.norm.weight,
             norm_eps=0.0 if self.norm is None else self.norm.eps,

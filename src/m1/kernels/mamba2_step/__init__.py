@@ -25,7 +25,7 @@ def mamba2_step(
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     *,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -44,15 +44,15 @@ def mamba2_step(
         conv_state: [S, Dc, W-1]; ssm_state: [S, H, P, N]; both any floating dtype, updated in place.
         z: [n, H, P]; xBC: [n, Dc] with Dc = G·P + G·N + H·N, the channels of x, B and C in this order; dt: [n, H]: the rows
             of in_proj.
-        conv_weight: [Dc, W]; conv_bias: [Dc]; A: [H], negative; D, dt_bias: [H]; norm_weight: [H·P]; norm_eps: added to the
-            mean square.
+        conv_weight: [Dc, W]; conv_bias: [Dc]; A_log: [H], the rates are A = -exp(A_log); D, dt_bias: [H].
+        norm_weight: [H·P]; norm_eps: added to the mean square.
         slots: [n] int64, the state of each row; None means arange(n).
     Returns:
         y [n, H, P] in xBC's dtype.
     Raises:
         ValueError: for a wrong shape, dtype, device, activation, negative norm_eps or (on the CPU) a slot out of range.
     """
-    _check(conv_state, ssm_state, z, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, norm_weight, slots)
+    _check(conv_state, ssm_state, z, xBC, dt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, slots)
     require(conv_activation in (None, "silu"), "conv_activation", "None or 'silu'", repr(conv_activation))
     require(norm_eps >= 0, "norm_eps", "at least 0", norm_eps)
     return implementation_for(xBC, __name__).mamba2_step(
@@ -63,7 +63,7 @@ def mamba2_step(
         dt,
         conv_weight,
         conv_bias,
-        A,
+        A_log,
         D=D,
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
@@ -82,7 +82,7 @@ def _check(
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor | None,
     dt_bias: Tensor | None,
     norm_weight: Tensor | None,
@@ -103,7 +103,7 @@ def _check(
     require_tensor("conv_weight", conv_weight, "Dc W", (channels, filter_width), xBC)
     require(filter_width > 0, "conv_weight", "a filter of width W >= 1", list(conv_weight.shape))
     require_tensor("conv_state", conv_state, "S Dc W-1", (num_slots, channels, filter_width - 1), xBC)
-    for name, parameter in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+    for name, parameter in (("A_log", A_log), ("D", D), ("dt_bias", dt_bias)):
         if parameter is not None:
             require_tensor(name, parameter, "H", (num_heads,), xBC)
     if conv_bias is not None:

@@ -18,7 +18,7 @@ def mamba2_step(
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     *,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -34,6 +34,7 @@ def mamba2_step(
     G = (channels.shape[1] - H * N) // (P + N)
     x, B, C = channels.split([G * P, G * N, H * N], 1)
     x, B, C = x.unflatten(1, (G, P)), B.unflatten(1, (G, N)), C.unflatten(1, (H, N))
+    A = -A_log.float().exp()
     y = ssd_state_update(ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots)
     if norm_weight is not None:
         return gated_rms_norm(y, z, norm_weight, norm_eps)

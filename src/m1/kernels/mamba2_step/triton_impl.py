@@ -18,8 +18,8 @@ from torch import Tensor
 
 from m1.kernels.causal_conv1d.triton_impl import causal_conv1d_update
 from m1.kernels.launch import with_unit_stride
-from m1.kernels.ssd.triton_update import step_size_and_decay
-from m1.kernels.triton_math import sigmoid
+from m1.kernels.ssd.triton_update import step_size
+from m1.kernels.triton_math import LOG2E, sigmoid
 
 MAX_STATE = 2**16  # elements of a padded state that a program can hold in registers
 
@@ -39,7 +39,7 @@ def mamba2_step(
     dt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     *,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -64,11 +64,11 @@ def mamba2_step(
         raise ValueError(f"`ssm_state` must have heads of P·N <= {MAX_STATE} (each padded to a power of 2); given: {P}·{N}")
     channels = causal_conv1d_update(xBC, conv_state, conv_weight, conv_bias, activation=conv_activation, slots=slots)
     z = with_unit_stride(z)
-    A = A.float().contiguous()
-    D, dt_bias = (None if p is None else p.float().contiguous() for p in (D, dt_bias))
+    A_log = A_log.contiguous()
+    D, dt_bias, norm_weight = (None if p is None else p.contiguous() for p in (D, dt_bias, norm_weight))
     y = torch.empty(len(xBC), H, P, dtype=xBC.dtype, device=xBC.device)
     _state_kernel[(H, len(xBC))](
-        ssm_state, z, channels, dt, A, D, dt_bias, norm_weight, slots, y,
+        ssm_state, z, channels, dt, A_log, D, dt_bias, norm_weight, slots, y,
         *ssm_state.stride(), num_slots, *z.stride()[:2], channels.shape[1], *dt.stride(), norm_eps,
         H, G, H // G, P, N, *padded,
         HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_NORM=norm_weight is not None,
@@ -79,7 +79,7 @@ def mamba2_step(
 
 @triton.jit
 def _state_kernel(
-    ssm_state, z, channels, dt, A, D, dt_bias, norm_weight, slots, y,
+    ssm_state, z, channels, dt, A_log, D, dt_bias, norm_weight, slots, y,
     state_slot, state_head, state_row, state_n, num_slots, z_row, z_head, channels_row, dt_row, dt_head, norm_eps,
     H, G, repeat, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SLOTS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -106,12 +106,14 @@ def _state_kernel(
     b_t = tl.load(row + G * P + group * N + n, mask=has_n, other=0.0).to(tl.float32)
     c_t = tl.load(row + G * (P + N) + head * N + n, mask=has_n, other=0.0).to(tl.float32)
     gate = tl.load(z + sequence * z_row + head * z_head + p, mask=has_p, other=0.0).to(tl.float32)
-    delta, decay = step_size_and_decay(dt + sequence * dt_row, dt_bias, A, head, dt_head, HAS_BIAS, SOFTPLUS)
-    h = decay * h + (delta * x_t)[:, None] * b_t[None, :]
+    delta = step_size(dt + sequence * dt_row + head * dt_head, dt_bias, head, HAS_BIAS, SOFTPLUS)
+    rate = -tl.exp2(tl.load(A_log + head).to(tl.float32) * LOG2E)
+    h = tl.exp2(delta * rate * LOG2E) * h + (delta * x_t)[:, None] * b_t[None, :]
+    tl.debug_barrier()  # threads may hold copies of one element: all have loaded before any stores
     tl.store(state_at, h.to(ssm_state.dtype.element_ty), mask=has_element)
     out = tl.sum(h * c_t[None, :], axis=1)
     if HAS_D:
-        out += tl.load(D + head) * x_t
+        out += tl.load(D + head).to(tl.float32) * x_t
     out = out.to(y.dtype.element_ty).to(tl.float32) * gate * sigmoid(gate)  # rounded as between separate ops
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(out * out, axis=0) / P + norm_eps)

@@ -61,14 +61,14 @@ def ssd_state_update(
 
 
 @triton.jit
-def step_size_and_decay(dt, dt_bias, A, head, dt_head, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Δ and exp(Δ·A) of one head of the row at `dt`."""
-    delta = tl.load(dt + head * dt_head).to(tl.float32)
+def step_size(dt, dt_bias, head, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Δ of one head, whose step size before bias and softplus is at `dt`."""
+    delta = tl.load(dt).to(tl.float32)
     if HAS_BIAS:
-        delta += tl.load(dt_bias + head)
+        delta += tl.load(dt_bias + head).to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta)
-    return delta, tl.exp2(delta * tl.load(A + head) * LOG2E)
+    return delta
 
 
 @triton.jit
@@ -97,8 +97,9 @@ def _update_kernel(
     x_t = tl.load(x + sequence * x_row + head // x_repeat * x_head + row, mask=row < P, other=0.0).to(tl.float32)
     b_t = tl.load(B + sequence * b_row + head // b_repeat * b_head + n, mask=n < N, other=0.0).to(tl.float32)
     c_t = tl.load(C + sequence * c_row + head * c_head + n, mask=n < N, other=0.0).to(tl.float32)
-    delta, decay = step_size_and_decay(dt + sequence * dt_row, dt_bias, A, head, dt_head, HAS_BIAS, SOFTPLUS)
-    h = decay * h + (delta * x_t)[:, None] * b_t[None, :]
+    delta = step_size(dt + sequence * dt_row + head * dt_head, dt_bias, head, HAS_BIAS, SOFTPLUS)
+    h = tl.exp2(delta * tl.load(A + head) * LOG2E) * h + (delta * x_t)[:, None] * b_t[None, :]
+    tl.debug_barrier()  # threads may hold copies of one element: all have loaded before any stores
     tl.store(state_at, h.to(state.dtype.element_ty), mask=has_element)
     out = tl.sum(h * c_t[None, :], axis=1)
     if HAS_D:
