@@ -26,7 +26,27 @@ def test_committed_recipes_parse(path, command):
 
 
 def test_there_are_recipes():
-    assert RECIPES
+    assert [path.stem for path in RECIPES] == ["llama3.2-3b", "qwen2.5-coder-0.5b", "smollm2-135m"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_table_of_a_recipe_goes_on_from_the_one_before(path):
+    """Models and data that a table takes are what an earlier one wrote, or the base's; documents fit into batches."""
+    stages = ("sample", "convert", "align", "select", "distill", "sft", "grpo")
+    written, base = set(), read_recipe(path, "convert")["base"]
+    for command in stages:
+        config = build(command, read_recipe(path, command), str(path))
+        for name in ("model", "teacher", "base"):
+            assert getattr(config, name, base) in {base, *written}, (command, name)
+        for source in [*getattr(config, "data", []), *getattr(config, "calibration", [])]:
+            assert source.startswith("gym:") or source in written, (command, source)
+        if hasattr(config, "tokens_per_step"):
+            assert config.max_length <= config.tokens_per_batch
+        if command in ("align", "distill", "sft"):
+            batches = config.tokens_per_step / config.tokens_per_batch
+            assert batches == int(batches)
+        assert config.out not in written
+        written.add(config.out)
 
 
 def test_a_table_goes_over_the_shared_one(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 from m1.modeling.loading import choose_device
@@ -40,6 +41,8 @@ def ranks(device_name: str, timeout: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    if not is_first():
+        transformers.utils.logging.disable_progress_bar()
     try:
         yield device
     except RuntimeError as error:
