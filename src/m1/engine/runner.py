@@ -23,6 +23,7 @@ from m1.engine.scheduler import Batch, Chunk
 from m1.engine.sequence import Sequence
 from m1.engine.transfer import Download, upload
 from m1.kernels import sample
+from m1.kernels.decode_rows import advance_rows, gather_rows
 from m1.modeling.hybrid import M1ForCausalLM
 from m1.modeling.state import ModelState, SequenceLayout
 
@@ -159,34 +160,42 @@ class ModelRunner:
 
         slots [n] int64: their rows, which move on by one token. width: pages of their block tables that may be in use.
         """
-        tokens, positions, seeds, top_k = self._integers.index_select(1, slots)
-        temperature, top_p, min_p = self._floats.index_select(1, slots)
-        tables = kv_slots = None
-        if self.has_pages:
-            tables = self._block_tables[:, :width].index_select(0, slots)
-            pages = tables.gather(1, (positions // self.page_size)[:, None])[:, 0]
-            kv_slots = pages * self.page_size + positions % self.page_size
-        lengths = positions + 1
+        rotary = self.model.model.rotary
+        rows = gather_rows(
+            self._integers,
+            self._floats,
+            self._block_tables if self.has_pages else None,
+            slots,
+            rotary.frequencies_on(self.device),
+            scaling=rotary.scaling,
+            width=width,
+            page_size=self.page_size,
+        )
         layout = SequenceLayout(
             cu_seqlens=self._bounds[: slots.shape[0] + 1],
-            positions=positions,
+            positions=rows.positions,
             max_seqlen=1,
             slots=slots,
-            context_lens=lengths.to(torch.int32),
-            block_tables=tables,
-            kv_slots=kv_slots,
+            context_lens=rows.context_lens,
+            block_tables=rows.block_tables,
+            kv_slots=rows.kv_slots,
             has_context=True,
+            rotary=(rows.cos, rows.sin),
         )
-        hidden = self.model.model.embed_tokens(tokens)
+        hidden = self.model.model.embed_tokens(rows.tokens)
         logits = self.model.lm_head(self.model.model.forward_packed(hidden, layout, self.state))  # [n, vocab]
         tokens, logprobs = sample(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, positions=lengths
+            logits,
+            temperature=rows.temperature,
+            top_k=rows.top_k,
+            top_p=rows.top_p,
+            min_p=rows.min_p,
+            seeds=rows.seeds,
+            positions=rows.next_positions,
         )
-        self._integers[0].index_copy_(0, slots, tokens)
-        self._integers[1].index_copy_(0, slots, lengths)
-        self._integers[1, self.scratch_slot :].zero_()  # rows that pad stay at the beginning of the scratch page
+        advance_rows(self._integers, slots, tokens, self.scratch_slot)
         if num_top:
-            return tokens, logprobs, *_most_likely(logits, temperature, num_top)
+            return tokens, logprobs, *_most_likely(logits, rows.temperature, num_top)
         return tokens, logprobs
 
     def prefill(self, chunks: list[Chunk], sent: Tensors) -> None:

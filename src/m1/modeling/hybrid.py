@@ -110,7 +110,7 @@ class M1Model(M1PreTrainedModel):
 
     def forward_packed(self, hidden: Tensor, layout: SequenceLayout, state: ModelState | None = None) -> Tensor:
         """Embedded tokens [T, hidden] -> final normalised hidden states [T, hidden]. `state` is read and written in place."""
-        rotary = self.rotary(layout.positions)
+        rotary = layout.rotary or self.rotary(layout.positions)
         if state is not None and not torch.is_grad_enabled():
             branch = None
             for layer in cast("list[HybridBlock]", self.layers):

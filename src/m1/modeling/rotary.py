@@ -23,9 +23,13 @@ class RotaryEmbedding:
             else:
                 self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
 
+    def frequencies_on(self, device: torch.device) -> Tensor:
+        """The inverse frequencies [head_dim / 2] fp32 on `device`, where they stay."""
+        if self.inv_freq.device != device:
+            self.inv_freq = self.inv_freq.to(device)
+        return self.inv_freq
+
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inv_freq.device != positions.device:
-            self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions.float()[:, None] * self.inv_freq[None, :]
+        angles = positions.float()[:, None] * self.frequencies_on(positions.device)[None, :]
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.scaling, angles.sin() * self.scaling

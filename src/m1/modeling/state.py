@@ -26,6 +26,7 @@ class SequenceLayout:
     block_tables [n, max_pages] int32: pages of each sequence, in order.
     kv_slots [T] int64: where each token's key and value go: page * page_size + offset; negative writes nothing.
     has_context: whether any sequence has cached tokens from before this batch.
+    rotary: cos and sin of the positions, [T, head_dim] fp32 each, where they are known already.
     """
 
     cu_seqlens: Tensor
@@ -36,6 +37,7 @@ class SequenceLayout:
     block_tables: Tensor | None = None
     kv_slots: Tensor | None = None
     has_context: bool = False
+    rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_sequences(self) -> int:
