@@ -8,11 +8,15 @@ A case is model/sequences/new tokens: so many prompts of 256 random tokens at on
 a second count from the first prompt to the last token, prefill included. "reasoner" instead of a number of tokens draws them
 as a reasoner's (log-normal, mean 283, at most 512), 16 samples a prompt of 100 tokens, more requests than run at once.
 
-Measures, of which the last is what counts and the first two say why:
+Measures, of which the last is what counts and the others say why:
 
-    steps    a decode step alone (its graph replayed), at three lengths of context, beside what bytes and operations allow
+    steps    a decode step alone (its graph replayed), at some lengths of context, beside what bytes and operations allow
+    prefill  all prompts, with one token each
     profile  20 steps of the running engine: time by class of kernel, and the share of time in which the GPU did nothing
     run      the whole case
+
+Where a case is not run, "estimate" is its tokens a second from the first two: prefill, and the steps' times between the
+measured lengths drawn as straight lines. It is printed beside a run too, to be judged by it.
 """
 
 import argparse
@@ -25,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from engine_models import random_model, step_cost
@@ -45,6 +50,7 @@ CASES = [
     "llama-3b/512/2048",
     "m1-0.5b/1024/reasoner",
 ]
+MEASURES = ["steps", "prefill", "profile", "run"]
 PROMPT = 256
 PAGE_SIZE = 64
 REASONER = {"prompt": 100, "samples": 16, "mean": 283, "longest": 512, "rounds": 3}
@@ -115,7 +121,7 @@ def measure_steps(engine: Engine, num_sequences: int, longest: int, is_fp8: bool
             else:
                 layer.normal_(0, 0.5)
     found = []
-    for context in sorted({PROMPT, longest // 2, longest - 64}):
+    for context in sorted({PROMPT, (PROMPT + longest) // 2, longest - 64}):
         cost = step_cost(engine.model, num_sequences, context, is_fp8)
         seconds = decode_seconds(engine, num_sequences, context)
         found.append(
@@ -159,6 +165,30 @@ def submit_all(engine: Engine, case: str) -> int:
         engine.submit(prompt, params)
         total += params.n * params.max_tokens
     return total
+
+
+def measure_prefill(engine: Engine, case: str) -> dict[str, Any]:
+    """Seconds for all prompts and one token each; the second time, when kernels are compiled."""
+    requests = requests_of(case, engine.model.config.vocab_size)
+    prompts = [prompt for prompt, _ in requests]
+    for _ in range(2):
+        start = time.perf_counter()
+        engine.generate(prompts, SamplingParams(temperature=0.7, max_tokens=1, ignore_eos=True, seed=0))
+        seconds = time.perf_counter() - start
+    count = sum(map(len, prompts))
+    print(f"  prefill: {count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s", flush=True)
+    return {"tokens": count, "seconds": seconds}
+
+
+def estimate(case: str, result: dict[str, Any]) -> float | None:
+    """Tokens a second from prefill and steps, when all sequences run at once; None where they don't."""
+    _, count, tokens = case.split("/")
+    steps = [step for step in result.get("steps", []) if not math.isnan(step["milliseconds"])]
+    if tokens == "reasoner" or "prefill" not in result or len(steps) < 2 or len(steps) < len(result["steps"]):
+        return None
+    contexts = np.arange(PROMPT, PROMPT + int(tokens))
+    times = np.interp(contexts, [step["context"] for step in steps], [step["milliseconds"] / 1000 for step in steps])
+    return int(count) * int(tokens) / (result["prefill"]["seconds"] + times.sum())
 
 
 def measure_profile(engine: Engine, case: str) -> dict[str, Any]:
@@ -209,7 +239,7 @@ def measure_run(engine: Engine, case: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, help="model/sequences/new tokens or reasoner")
-    parser.add_argument("--measures", nargs="+", choices=["steps", "profile", "run"], default=["steps", "profile", "run"])
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
     parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1")
     parser.add_argument("--fp8", action="store_true", help="fp8 weights, fp8 keys and values, bf16 states")
     parser.add_argument("--budget", type=int, default=8192, help="max_num_batched_tokens")
@@ -233,6 +263,11 @@ def main() -> None:
         }
         if "steps" in arguments.measures:
             result["steps"] = measure_steps(engine, int(count), longest, arguments.fp8)
+        if "prefill" in arguments.measures:
+            result["prefill"] = measure_prefill(engine, case)
+        if (found := estimate(case, result)) is not None:
+            result["estimated_tokens_per_second"] = found
+            print(f"  estimate: {found:,.0f} tokens/s", flush=True)
         if "profile" in arguments.measures:
             result["profile"] = measure_profile(engine, case)
         if "run" in arguments.measures:
