@@ -199,9 +199,10 @@ def test_an_ended_run_keeps_what_had_finished(generate):
     assert [len(of_request) for of_request in generate(requests(n=2), Watch())] == [2, 2, 2]
 
 
-def test_log_probs_of_engine_and_transformers_are_the_models():
-    """Greedy completions are the same, so are their log-probs, at the temperature that was asked for."""
-    asked = [SampleRequest("1 + 1 =", 1, {"temperature": 0, "max_tokens": 10})]
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 0.5, "top_k": 1}, {"temperature": 2.0, "top_k": 1}])
+def test_log_probs_of_engine_and_transformers_are_the_models(params):
+    """The most likely tokens are the same, so are their log-probs, at the temperature that was asked for, before top_k."""
+    asked = [SampleRequest("1 + 1 =", 1, {**params, "max_tokens": 10})]
     engine = engine_backend(Engine(tiny_model(), byte_tokenizer(), memory_fraction=0.01))
     [[ours]] = engine(asked, Watch())
     [[theirs]] = transformers_backend(tiny_model(), byte_tokenizer())(asked, Watch())

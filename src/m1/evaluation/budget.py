@@ -4,6 +4,7 @@ A budget is wall-clock seconds or generated tokens. Time is measured here, never
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,11 +118,14 @@ def accuracy_at_budgets(
     `standard_error` over problems, the `coverage` (share of problems with a correct sample), and `mean_samples` finished.
     """
     field = {"seconds": "seconds", "tokens": "tokens_spent"}[unit]
+    correct = [correct_labels(record) for record in records]
     points: list[dict[str, Any]] = []
     for budget in budgets:
-        finished = [[i for i, one in enumerate(record["samples"]) if one[field] <= budget] for record in records]
-        right = [_vote_is_right(record, indices) for record, indices in zip(records, finished)]
-        covered = [any(_labels_right(record)[i] for i in indices) for record, indices in zip(records, finished)]
+        finished = [
+            [label for label, sample in zip(one["labels"], one["samples"]) if sample[field] <= budget] for one in records
+        ]
+        right = [_majority_is_right(labels, of_record) for labels, of_record in zip(finished, correct)]
+        covered = [any(of_record[label] for label in set(labels) - {-1}) for labels, of_record in zip(finished, correct)]
         error = float(np.std(right, ddof=1) / len(right) ** 0.5) if len(right) > 1 else None
         points.append(
             {
@@ -129,7 +133,7 @@ def accuracy_at_budgets(
                 "accuracy": float(np.mean(right)),
                 "standard_error": error,
                 "coverage": float(np.mean(covered)),
-                "mean_samples": float(np.mean([len(indices) for indices in finished])),
+                "mean_samples": float(np.mean([len(labels) for labels in finished])),
             }
         )
     return points
@@ -137,15 +141,9 @@ def accuracy_at_budgets(
 
 def vote_is_right(record: Mapping[str, Any]) -> bool:
     """Whether the majority of all of a problem's samples is right; ties go to the answer that stands first."""
-    return _vote_is_right(record, range(len(record["samples"])))
+    return _majority_is_right(record["labels"], correct_labels(record))
 
 
-def _vote_is_right(record: Mapping[str, Any], indices: Sequence[int]) -> bool:
-    labels = [record["labels"][index] for index in indices if record["labels"][index] >= 0]
-    return bool(labels) and correct_labels(record)[max(dict.fromkeys(labels), key=labels.count)]
-
-
-def _labels_right(record: Mapping[str, Any]) -> list[bool]:
-    """For each sample, whether the answer it gave is right."""
-    correct = correct_labels(record)
-    return [label >= 0 and correct[label] for label in record["labels"]]
+def _majority_is_right(labels: Sequence[int], correct: Sequence[bool]) -> bool:
+    votes = Counter(label for label in labels if label >= 0)  # in order of first appearance, and max takes the first of equals
+    return bool(votes) and correct[max(votes, key=votes.__getitem__)]

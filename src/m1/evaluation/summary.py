@@ -78,8 +78,11 @@ def majority_at_k(record: Mapping[str, Any], k: int) -> float:
 
 def correct_labels(record: Mapping[str, Any]) -> list[bool]:
     """Which of a problem's distinct answers is right: the verdict on the first sample that gave it."""
-    labels, samples = record["labels"], record["samples"]
-    return [is_correct(samples[labels.index(label)]) for label in range(max(labels, default=-1) + 1)]
+    correct: dict[int, bool] = {}
+    for label, sample in zip(record["labels"], record["samples"]):
+        if label not in correct:
+            correct[label] = is_correct(sample)
+    return [correct[label] for label in range(max(correct, default=-1) + 1)]
 
 
 def subset_sizes(num_samples: int) -> list[int]:
