@@ -199,6 +199,29 @@ def test_an_ended_run_keeps_what_had_finished(generate):
     assert [len(of_request) for of_request in generate(requests(n=2), Watch())] == [2, 2, 2]
 
 
+def model_that_stops():
+    """Every other token ends a completion, so that those of a batch end at different times."""
+    model = tiny_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = list(range(0, 256, 2))
+    return model
+
+
+@pytest.mark.parametrize("name", ["engine", "transformers"])
+def test_what_is_cancelled_or_over_is_no_longer_computed(name):
+    model, asked = model_that_stops(), [SampleRequest("a b", 8, PARAMS | {"max_tokens": 40})]
+    engine = Engine(model, byte_tokenizer(), max_num_seqs=8, memory_fraction=0.01)
+    generate = engine_backend(engine) if name == "engine" else transformers_backend(model, byte_tokenizer(), concurrency=8)
+    [samples] = generate(asked, Watch())
+    lengths = sorted(sample.num_tokens for sample in samples)
+    assert lengths[0] < lengths[-1] < 40
+    for watch in (Listener(most=1), Listener(most_tokens=8 * lengths[0])):
+        before = engine.metrics.num_generated_tokens
+        generate(asked, watch)
+        assert max(watch.tokens) <= 8 * (lengths[0] + 1)
+        assert engine.metrics.num_generated_tokens - before <= 8 * (lengths[0] + 1)
+        assert engine.metrics.num_running == engine.metrics.num_waiting == 0
+
+
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 0.5, "top_k": 1}, {"temperature": 2.0, "top_k": 1}])
 def test_log_probs_of_engine_and_transformers_are_the_models(params):
     """The most likely tokens are the same, so are their log-probs, at the temperature that was asked for, before top_k."""

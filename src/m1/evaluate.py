@@ -136,6 +136,11 @@ def measure(
                 bar.initial = bar.n = done - 1  # of an earlier run: they count for nothing in the rate
             bar.update(done - bar.n)
 
+        def tell(num_samples: int, num_tokens: int) -> None:
+            rate = num_tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{num_samples} samples, {rate:,.0f} tokens/s", refresh=False)
+            bar.update(0)
+
         summary = evaluate(
             problems,
             backend.generate,
@@ -153,6 +158,7 @@ def measure(
             adaptive=config.adaptive or None,
             budget=budget,
             on_record=show,
+            on_step=tell,
         )
     return summary | {"seconds": time.perf_counter() - start}
 
@@ -171,7 +177,9 @@ def prompt_maker(backend: Backend, task: str, suffix: str | None) -> Callable[[P
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
     """One table a kind of run."""
-    table = Table(*summary_columns(results.values()), title="Results", title_justify="left")
+    table = Table(title="Results", title_justify="left")
+    for column in summary_columns(results.values()):
+        table.add_column(column, no_wrap=True)
     for task, summary in results.items():
         table.add_row(task, *summary_row(summary))
     console.print(table)

@@ -73,6 +73,8 @@ def test_votes_at_budgets():
     assert [point["accuracy"] for point in points] == [0.0, 0.5, 0.5, 1.0, 0.5]
     assert [point["coverage"] for point in points] == [0.0, 0.5, 1.0, 1.0, 1.0]
     assert [point["mean_samples"] for point in points] == [0.0, 1.0, 2.0, 3.0, 3.5]
+    silent = record((1, 0.0), (1, 0.0), (2, 0.0), (3, 1.0), labels=[-1, -1, -1, 0])
+    assert [point["accuracy"] for point in accuracy_at_budgets([silent], [2, 3])] == [0.0, 1.0]  # silence doesn't vote
     assert points[1]["standard_error"] == pytest.approx(0.5)
     assert accuracy_at_budgets(records, [100, 400], "tokens")[1]["accuracy"] == 1.0
     assert accuracy_at_budgets(records[:1], [4])[0]["standard_error"] is None

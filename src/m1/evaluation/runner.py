@@ -46,6 +46,7 @@ def evaluate(
     adaptive: float | None = None,
     budget: Budget | None = None,
     on_record: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Sample, score and record every problem, and return the summary of all records (`summarize_run`).
 
@@ -58,7 +59,8 @@ def evaluate(
     budget is used up: that is what its recorded times mean something for. `generate` is given `batch_size` problems at once,
     all of them by default. A `seed` in `params` gives each problem a seed of its own, made of it and the problem's id, so
     what a problem draws depends neither on the others nor on an interruption. `on_record(done, total)` is called after each
-    problem, from a thread that judges while `generate` goes on.
+    problem, from a thread that judges while `generate` goes on; `on_step(samples, tokens)` at least after every step, with what
+    has been sampled since the call.
 
     Raises ValueError for empty input, for records of another run (naming what differs) or of a run still being written, for
     malformed records, and for a `generate` that gives the wrong number of samples.
@@ -75,6 +77,8 @@ def evaluate(
         "description": dict(description or {}),
         "digest": _digest(problems, prompts),
     }
+    if on_step:
+        generate = _counting(generate, on_step)
     with open_records(Path(records_path), run) as file, _scorer(scorer) as scorer:
         todo = [index for index, problem in enumerate(problems) if problem.id not in file.records]
         with _Judge(file, scorer, len(problems), on_record) as judge:
@@ -190,6 +194,28 @@ class _Together(Watch):
         self.unfinished.remove(request)
         self.samples[request] = []
         self.judge.take(self.problems[request], samples, **facts)
+
+
+class _Counted(Watch):
+    """Passes everything on to another watch, and says how much there has been."""
+
+    def __init__(self, watch: Watch, on_step: Callable[[int, int], None], totals: list[int]) -> None:
+        self._watch, self._on_step, self._totals = watch, on_step, totals
+        self._tokens_before = totals[1]
+
+    def on_sample(self, request: int, sample: Sample) -> bool:
+        self._totals[0] += 1
+        return self._watch.on_sample(request, sample)
+
+    def is_over(self, num_tokens: int) -> bool:
+        self._totals[1] = self._tokens_before + num_tokens
+        self._on_step(self._totals[0], self._totals[1])
+        return self._watch.is_over(num_tokens)
+
+
+def _counting(generate: Generate, on_step: Callable[[int, int], None]) -> Generate:
+    totals = [0, 0]  # samples and tokens over all calls
+    return lambda requests, watch: generate(requests, _Counted(watch, on_step, totals))
 
 
 def _sample_together(
