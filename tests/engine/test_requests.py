@@ -197,6 +197,34 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(engine, monkeyp
     assert engine.generate([[1, 2, 3]], params) == expected
 
 
+@pytest.mark.parametrize("most_tokens", [25, 7, 2, 0])
+def test_steps_that_find_no_memory_are_made_smaller(model, most_tokens, monkeypatch):
+    """Everything is recomputed and comes out as it would have; only where no step is small enough, the error is raised."""
+    prompts = random_prompts((9, 20, 4))
+    params = SamplingParams(n=3, seed=5, max_tokens=12)
+    expected = tiny_engine(model).generate(prompts, params)
+    engine = tiny_engine(model, max_num_seqs=16, max_num_batched_tokens=64, num_steps_ahead=1)
+    launch, num_failures = engine.runner.launch, 0
+
+    def launch_if_small(batch):
+        nonlocal num_failures
+        if batch.num_tokens > most_tokens:
+            num_failures += 1
+            raise torch.OutOfMemoryError("no memory")
+        return launch(batch)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_if_small)
+    if most_tokens == 0:
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.generate(prompts, params)
+        monkeypatch.undo()
+        assert_all_free(engine)
+    outputs = engine.generate(prompts, params)
+    assert [[c.token_ids for c in row] for row in outputs] == [[c.token_ids for c in row] for row in expected]
+    assert num_failures > 0
+    assert_all_free(engine)
+
+
 async def collect(stream) -> dict:
     found: dict = {}
     async for delta in stream:

@@ -5,6 +5,7 @@ A step is: take in what arrived, plan (scheduler), launch (runner), read an earl
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -33,6 +34,8 @@ from m1.engine.transfer import Download
 from m1.engine.weights import copy_weights, for_sampling, sampling_copy
 from m1.modeling.hybrid import M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
 STEPS_AHEAD = {"cpu": 0, "cuda": 2}
@@ -282,6 +285,10 @@ class Engine:
                 num_ahead = self.num_steps_ahead if batch.num_tokens else max(0, len(self._in_flight) - 1)
                 while len(self._in_flight) > num_ahead:
                     self._read_step(*self._in_flight.popleft())
+            except torch.OutOfMemoryError as error:
+                if not self._make_room():
+                    self._drop_all(error)
+                    raise
             except BaseException as error:
                 self._drop_all(error)
                 raise
@@ -307,6 +314,25 @@ class Engine:
             if reason is not None:
                 self.scheduler.finish(item.sequence)
                 self.outputs.close(item.sequence, reason)
+
+    def _make_room(self) -> bool:
+        """After a step that found no memory for its activations: recompute everything in smaller steps from now on.
+
+        False if steps are as small as they can be.
+        """
+        if not self.scheduler.shrink():
+            return False
+        logger.warning(
+            "out of memory: from now on at most %d sequences and %d tokens a step, running ones are recomputed; "
+            "a lower memory_fraction leaves more to activations",
+            self.scheduler.max_num_seqs,
+            self.scheduler.max_num_batched_tokens,
+        )
+        self._in_flight.clear()
+        self.scheduler.preempt_all()
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def _drop_all(self, error: BaseException | None) -> None:
         """After a step that failed half-way, states are undefined: end every request and forget every prefix."""

@@ -237,6 +237,20 @@ class Scheduler:
         """The unfinished sequences of a request (samples that have yet to fork are in their leader's `pending`)."""
         return [s for s in (*self.running, *self.waiting) if s.request is request]
 
+    def shrink(self) -> bool:
+        """Make steps smaller: half the tokens, or where prefill has no more than its share, half the sequences.
+
+        False if that is not possible. Sequences that run beyond the new limit must give way (`preempt_all`).
+        """
+        tokens = max(self.max_num_batched_tokens // 2, self.max_num_seqs + 1)
+        if tokens == self.max_num_batched_tokens:
+            if self.max_num_seqs == 1:
+                return False
+            self.max_num_seqs //= 2
+            tokens = self.max_num_seqs + 1
+        self.max_num_batched_tokens = tokens
+        return True
+
     def preempt_all(self) -> None:
         """Send every running sequence back to be recomputed, and forget cached prefixes: the weights have changed."""
         for sequence in reversed(list(self.running)):
