@@ -164,6 +164,8 @@ def test_an_adaptive_evaluation(models, data, tmp_path):
         (["--samples", "-1"], "--samples: expected at least 0"),
         (["--adaptive", "0.3"], "--adaptive: expected"),
         (["--temperature", "0"], "add --samples 1"),
+        (["--verifier", "judge"], "--verifier: expected MODULE:FUNCTION"),
+        (["--verifier", "no.such:judge"], "cannot load"),
         (["--data-dir", "./nowhere"], "no such directory"),
     ],
 )

@@ -383,6 +383,8 @@ class EvalConfig(SamplingConfig):
     """The same for generated tokens: 1000,4000,16000."""
     max_new_tokens: int = 32768
     """Longest solution; the model's own limit if that is less."""
+    verifier: str = ""
+    """MODULE:FUNCTION that scores (problem, solution), for votes weighted by it; at least 0, or only the best counts."""
     suffix: str | None = None
     """Added to each problem; the benchmark's own (the M1 paper's) unless given; empty for none."""
     overwrite: bool = False

@@ -30,6 +30,7 @@ from m1.evaluation.runner import evaluate, summarize_run
 from m1.evaluation.sampling import Prompt
 from m1.evaluation.tasks import TASKS, load_task, parse_tasks, task_name
 from m1.evaluation.text import summary_columns, summary_row
+from m1.evaluation.votes import Verify, load_verifier
 from m1.reasoning.answers import ANSWER_INSTRUCTION
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
@@ -61,6 +62,9 @@ def run(config: EvalConfig) -> None:
     budget = Budget(max(seconds) if seconds else None, int(max(tokens)) if tokens else None)
     check(config)
     problems = {task: load_task(task, data_dir=config.data_dir, limit=config.limit, seed=config.seed) for task in tasks}
+    verifier = load_verifier(config.verifier) if config.verifier else None
+    if config.verifier and verifier is None:
+        raise ValueError(f"--verifier: expected MODULE:FUNCTION, got {config.verifier!r}")
     out = Path(config.out or Path("runs/eval") / task_name(config.model.strip("/").split("/")[-1]))
     require_free(out)
     console = Console()
@@ -82,7 +86,7 @@ def run(config: EvalConfig) -> None:
             to_prompt = prompt_maker(backend, task, config.suffix)
             if budget.seconds:
                 backend.warm_up(to_prompt(problems[task][0]), _WARM_UP_TOKENS, config.temperature)
-            summary = measure(config, task, problems[task], backend, out, scorer, num_samples, budget, to_prompt)
+            summary = measure(config, task, problems[task], backend, out, scorer, num_samples, budget, to_prompt, verifier)
             if budget:
                 run_line, records = read_records(records_path(out, task), with_texts=False)
                 summary |= summarize_run(run_line, records, seconds=seconds, tokens=tokens)
@@ -125,9 +129,11 @@ def measure(
     num_samples: int,
     budget: Budget,
     to_prompt: Callable[[Problem], Prompt],
+    verifier: Verify | None,
 ) -> dict[str, Any]:
-    """Evaluate one task with a progress bar; its summary, with the seconds and tokens per second of what was sampled now."""
+    """Evaluate one task with a progress bar; its summary, and what this `session` sampled of it."""
     path = records_path(out, task)
+    session: dict[str, float] = {}
     start = time.perf_counter()
     with tqdm(total=len(problems), desc=task_name(task), unit="problem") as bar:
 
@@ -137,8 +143,9 @@ def measure(
             bar.update(done - bar.n)
 
         def tell(num_samples: int, num_tokens: int) -> None:
-            rate = num_tokens / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{num_samples} samples, {rate:,.0f} tokens/s", refresh=False)
+            seconds = time.perf_counter() - start
+            session.update(samples=num_samples, tokens=num_tokens, seconds=seconds, tokens_per_second=num_tokens / seconds)
+            bar.set_postfix_str(f"{num_samples} samples, {num_tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update(0)
 
         summary = evaluate(
@@ -152,15 +159,16 @@ def measure(
                 "seed": config.seed,
             },
             records_path=path,
-            description=backend.identity,
+            description=backend.identity | ({"verifier": config.verifier} if config.verifier else {}),
             to_prompt=to_prompt,
             scorer=scorer,
+            verifier=verifier,
             adaptive=config.adaptive or None,
             budget=budget,
             on_record=show,
             on_step=tell,
         )
-    return summary | {"seconds": time.perf_counter() - start}
+    return summary | {"session": session}
 
 
 def records_path(out: Path, task: str) -> Path:

@@ -82,6 +82,21 @@ def test_summary_and_records(tmp_path, scorer, name):
     assert "text" not in read_records(path, with_texts=False)[1][0]["samples"][0]
 
 
+def test_a_verifiers_scores_vote(tmp_path, scorer):
+    """Sample 2 is right; the verifier likes it more than the two that agree on a wrong answer."""
+    model = FakeModel(lambda number, index: Sample(rf"\\boxed{{{number + 1 if index == 2 else 0}}}", 5 + index, "stop"))
+    path = tmp_path / "r.jsonl"
+    summary = run(path, scorer, model, num_samples=3, verifier=lambda problem, text: 1 + 9 * (r"{0}" not in text))
+    assert summary["maj@k"]["3"] == 0.0
+    assert summary["votes"] == {"verifier": {"1": pytest.approx(1 / 3, abs=0.1), "2": pytest.approx(2 / 3, abs=0.1), "3": 1.0},
+                                "best-verifier": {"1": pytest.approx(1 / 3), "2": pytest.approx(2 / 3), "3": 1.0}}  # fmt: skip
+    assert read_records(path)[1][0]["samples"][2]["verifier_score"] == 10.0
+    summary = run(
+        tmp_path / "negative.jsonl", scorer, model, num_samples=3, verifier=lambda problem, text: -float(len(problem))
+    )
+    assert summary["votes"].keys() == {"best-verifier"}
+
+
 def test_each_problem_has_a_seed_of_its_own_whatever_the_batch(tmp_path, scorer):
     def seeds(path, batch_size):
         model = FakeModel()

@@ -114,17 +114,17 @@ def _numbers(text: str) -> list[float]:
 
 
 def _setting(report: Report, evaluations: Sequence[Evaluation]) -> None:
-    columns = ("model", "directory", "sampled by", "temperature", "top_p", "token limit", "code", "hardware", "date")
-    rows = []
+    names = ("directory", "sampled by", "temperature", "top_p", "token limit", "code", "hardware", "date")
+    columns = []
     for evaluation in evaluations:
         about, config = evaluation.about, evaluation.about.get("config", {})
         hardware = about.get("hardware", {})
         machine = ", ".join(hardware.get("gpus") or []) or f"{hardware.get('cpu')}, {hardware.get('threads')} threads"
-        rows.append(
-            (evaluation.name, evaluation.path, about.get("backend", {}).get("backend"), config.get("temperature"),
-             config.get("top_p"), config.get("max_new_tokens"), about.get("revision"), machine, str(about.get("time"))[:10])
+        columns.append(
+            (evaluation.path, about.get("backend", {}).get("backend"), config.get("temperature"), config.get("top_p"),
+             config.get("max_new_tokens"), about.get("revision"), machine, str(about.get("time"))[:10])
         )  # fmt: skip
-    report.table(columns, rows)
+    report.table(("", *(evaluation.name for evaluation in evaluations)), list(zip(names, *columns, strict=True)))
 
 
 def _task(report: Report, runs: Sequence[Run]) -> None:
@@ -160,7 +160,7 @@ def _samples(report: Report, runs: Sequence[Run]) -> None:
                 by_tokens.append(Curve(run.name, tokens, values, color, band=band))
     if any(len(curve.x) > 1 for curve in by_k):
         report.figure(
-            curve_plot(by_k, x_label="k, samples a problem", y_label="share of problems"),
+            curve_plot(by_k, x_label="k, samples a problem", y_label="share of problems", x_base=2),
             "Coverage (pass@k, dashed) and majority vote (maj@k) against the number of samples. Bands: one standard error.",
         )
         report.figure(

@@ -15,6 +15,7 @@ import numpy as np
 matplotlib.use("Agg")  # no screen is needed, or there
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from m1.storage import write_text
 
@@ -106,8 +107,8 @@ class Curve:
     band: Sequence[float] | None = None
 
 
-def curve_plot(curves: Sequence[Curve], *, x_label: str, y_label: str) -> Figure:
-    """Shares against something that doubles: a logarithmic x axis, per cent on y, bands for standard errors."""
+def curve_plot(curves: Sequence[Curve], *, x_label: str, y_label: str, x_base: int = 10) -> Figure:
+    """Shares against a cost: a logarithmic x axis with ticks at powers of 2, or at 1, 2, 5 times powers of 10."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.add_subplot()
     for curve in curves:
@@ -116,9 +117,11 @@ def curve_plot(curves: Sequence[Curve], *, x_label: str, y_label: str) -> Figure
         if curve.band is not None:
             band = np.asarray(curve.band)
             axes.fill_between(curve.x, y - band, y + band, color=color, alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log", base=x_base)
+    axes.xaxis.set_major_locator(LogLocator(x_base, subs=(1,) if x_base == 2 else (1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_ylim(bottom=0)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

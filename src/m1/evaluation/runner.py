@@ -20,7 +20,8 @@ from m1.evaluation.budget import Budget, SampleUntil, accuracy_at_budgets, sampl
 from m1.evaluation.metrics import mean_accuracy
 from m1.evaluation.records import RecordFile, open_records
 from m1.evaluation.sampling import Generate, Prompt, Sample, SampleRequest, Watch
-from m1.evaluation.summary import sample_rates, summarize
+from m1.evaluation.summary import VERIFIER_SCORE, sample_rates, summarize
+from m1.evaluation.votes import Verify
 from m1.reasoning.answers import ANSWER_INSTRUCTION, extract_answer
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
@@ -42,6 +43,7 @@ def evaluate(
     description: Mapping[str, Any] | None = None,
     to_prompt: Callable[[Problem], Prompt] = boxed_prompt,
     scorer: Scorer | None = None,
+    verifier: Verify | None = None,
     batch_size: int | None = None,
     adaptive: float | None = None,
     budget: Budget | None = None,
@@ -58,7 +60,8 @@ def evaluate(
     that confidence (`AdaptiveVote`). With `budget`, each problem is sampled alone, with everything the backend has, until the
     budget is used up: that is what its recorded times mean something for. `generate` is given `batch_size` problems at once,
     all of them by default. A `seed` in `params` gives each problem a seed of its own, made of it and the problem's id, so
-    what a problem draws depends neither on the others nor on an interruption. `on_record(done, total)` is called after each
+    what a problem draws depends neither on the others nor on an interruption. `verifier` scores every sample besides, for the
+    votes weighted by it. `on_record(done, total)` is called after each
     problem, from a thread that judges while `generate` goes on; `on_step(samples, tokens)` at least after every step, with what
     has been sampled since the call.
 
@@ -81,7 +84,7 @@ def evaluate(
         generate = _counting(generate, on_step)
     with open_records(Path(records_path), run) as file, _scorer(scorer) as scorer:
         todo = [index for index, problem in enumerate(problems) if problem.id not in file.records]
-        with _Judge(file, scorer, len(problems), on_record) as judge:
+        with _Judge(file, scorer, verifier, len(problems), on_record) as judge:
             for start in range(0, len(todo), batch_size or max(1, len(todo))):
                 batch = todo[start : start + (batch_size or len(todo))]
                 chosen = [problems[index] for index in batch]
@@ -128,9 +131,15 @@ class _Judge:
     """Scores finished problems and writes their records in a thread of its own, so that the model needn't wait."""
 
     def __init__(
-        self, file: RecordFile, scorer: Scorer, num_problems: int, on_record: Callable[[int, int], None] | None
+        self,
+        file: RecordFile,
+        scorer: Scorer,
+        verifier: Verify | None,
+        num_problems: int,
+        on_record: Callable[[int, int], None] | None,
     ) -> None:
-        self._file, self.scorer, self._num_problems, self._on_record = file, scorer, num_problems, on_record
+        self._file, self.scorer, self._verifier = file, scorer, verifier
+        self._num_problems, self._on_record = num_problems, on_record
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="m1-judge")
         self._pending: deque[Future[None]] = deque()
         self._has_failed = False
@@ -160,7 +169,7 @@ class _Judge:
         if self._has_failed:
             return
         try:
-            self._file.append(_judge(problem, samples, self.scorer) | facts)
+            self._file.append(_judge(problem, samples, self.scorer, self._verifier) | facts)
             if self._on_record:
                 self._on_record(len(self._file.records), self._num_problems)
         except BaseException:
@@ -244,10 +253,13 @@ def _sample_alone(
         judge.finish()  # judging takes processor time, which must not be the next problem's
 
 
-def _judge(problem: Problem, samples: Sequence[Sample], scorer: Scorer) -> dict[str, Any]:
-    """The record of a problem: its samples with answers and rewards, and which answers are the same."""
+def _judge(problem: Problem, samples: Sequence[Sample], scorer: Scorer, verifier: Verify | None) -> dict[str, Any]:
+    """The record of a problem: its samples with answers, rewards and verifier's scores, and which answers are the same."""
     scores = scorer.score_many([problem] * len(samples), [sample.text for sample in samples])
     scored = [asdict(sample) | asdict(score) for sample, score in zip(samples, scores)]
+    if verifier is not None:
+        for sample in scored:
+            sample[VERIFIER_SCORE] = float(verifier(problem.problem, sample["text"]))
     labels = [-1] * len(scored)
     for label, indices in enumerate(group_answers([sample["answer"] for sample in scored], scorer.verifier.are_same)):
         for index in indices:

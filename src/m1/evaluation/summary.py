@@ -10,6 +10,7 @@ from m1.evaluation import metrics
 from m1.evaluation.votes import CONFIDENCES
 
 _FULL_REWARD = 1.0  # a sample is correct when its reward reaches this
+VERIFIER_SCORE = "verifier_score"  # of a sample, where a verifier was asked
 _SUBSETS = 100  # random subsets where a vote can't be counted exactly: the number of the M1 paper
 
 
@@ -17,9 +18,10 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Statistics of the records of one run, as plain JSON.
 
     `pass@1` with its `standard_error` and `sampling_error` (`metrics.MeanAccuracy`, None where undefined); `pass@k`, `maj@k`
-    and, where samples have log-probs, the other `votes` (means over problems) for k = 1, 2, 4 ... n; `mean_tokens` a sample;
-    the shares of samples cut off at the token limit (`truncation_rate`), without an answer (`no_answer_rate`), and whose
-    score failed (`failed_score_rate`). Raises ValueError without records, or for a problem without samples.
+    and, where samples have log-probs or a verifier's scores, the other `votes` (means over problems) for k = 1, 2, 4 ... n;
+    `mean_tokens` a sample; the shares of samples cut off at the token limit (`truncation_rate`), without an answer
+    (`no_answer_rate`), and whose score failed (`failed_score_rate`). Raises ValueError without records, or for a problem
+    without samples.
     """
     if not records:
         raise ValueError("there are no records to summarize")
@@ -33,6 +35,11 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, field in CONFIDENCES.items():
             votes[name] = _by_size(sizes, records, functools.partial(_weighted_majority, field))
             votes[f"best-{name}"] = _by_size(sizes, records, functools.partial(_best, field))
+    scores = [sample.get(VERIFIER_SCORE) for record in records for sample in record["samples"]]
+    if None not in scores:
+        votes["best-verifier"] = _by_size(sizes, records, functools.partial(_best, VERIFIER_SCORE))
+        if min(scores) >= 0:
+            votes["verifier"] = _by_size(sizes, records, functools.partial(_weighted_majority, VERIFIER_SCORE))
     return {
         "num_problems": len(records),
         "num_samples": num_samples,
@@ -91,7 +98,8 @@ def subset_sizes(num_samples: int) -> list[int]:
 
 
 def _weighted_majority(field: str, record: Mapping[str, Any], k: int) -> float:
-    weights = np.exp([sample[field] for sample in record["samples"]])
+    values = [sample[field] for sample in record["samples"]]
+    weights = np.asarray(values) if field == VERIFIER_SCORE else np.exp(values)
     return metrics.majority_at_k_by_subsampling(
         record["labels"], correct_labels(record), k, repeats=_SUBSETS, weights=weights.tolist()
     )
