@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ COMMAND = "eval"
 PAPER_SAMPLES = 64
 RECORDS_SUFFIX = ".jsonl.gz"
 _WARM_UP_TOKENS = 32
+_LOG_WIDTH = 120  # columns of a table that goes into a file
 _PACKAGES = (
     "m1-reasoner",
     "torch",
@@ -67,7 +69,7 @@ def run(config: EvalConfig) -> None:
         raise ValueError(f"--verifier: expected MODULE:FUNCTION, got {config.verifier!r}")
     out = Path(config.out or Path("runs/eval") / task_name(config.model.strip("/").split("/")[-1]))
     require_free(out)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
     backend = open_backend(config)
     if config.overwrite:
         shutil.rmtree(out, ignore_errors=True)
@@ -185,9 +187,7 @@ def prompt_maker(backend: Backend, task: str, suffix: str | None) -> Callable[[P
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
     """One table a kind of run."""
-    table = Table(title="Results", title_justify="left")
-    for column in summary_columns(results.values()):
-        table.add_column(column, no_wrap=True)
+    table = Table(*summary_columns(results.values()), title="Results", title_justify="left")
     for task, summary in results.items():
         table.add_row(task, *summary_row(summary))
     console.print(table)
