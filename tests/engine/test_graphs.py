@@ -136,6 +136,28 @@ def test_the_engine_with_graphs_is_the_engine_without(variant, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_launching_a_step_never_waits_for_the_gpu(variant):
+    """Neither decoding nor prefill, nor moves of states and pages: torch raises where one would."""
+    engine = tiny_engine(tiny_model(variant).to("cuda"), enforce_eager=True, num_slots=10, num_pages=32)
+    launch = engine.runner.launch
+
+    def launch_watched(batch):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    prompts = random_prompts((30, 5, 9, 17, 22, 30, 3, 8, 12, 40))
+    params = [SamplingParams(n=1 + i % 3, seed=i, temperature=1.0, top_p=0.9, max_tokens=20, logprobs=i % 2) for i in range(10)]
+    engine.generate(prompts, params)  # kernels are compiled, constants are on the device
+    engine.runner.launch = launch_watched
+    engine.generate(prompts, params)
+    assert engine.metrics.num_preemptions > 10 or variant == "mamba1-only"
+
+
+@pytest.mark.gpu
 def test_graphs_follow_weights(monkeypatch):
     """Changed in place they are read as they are; moved, the graphs are made anew."""
     monkeypatch.setattr("m1.engine.graphs.PATIENCE", 0)
