@@ -224,6 +224,10 @@ class DistillConfig(TrainConfig):
     """Weight of cross-entropy on the data's own tokens; the KL has 1 - ce_weight."""
     temperature: float = 1.0
     """Temperature of both distributions."""
+    teacher_cache: str = ""
+    """Directory that keeps what the teacher says at each target token: asked once, read in later epochs and by later runs."""
+    teacher_top_k: int = 64
+    """With a cache: how many of the teacher's most probable tokens are kept; the mass of all others counts as one."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count."""
     mixer_learning_rate: float | None = 2e-4

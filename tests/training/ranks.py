@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m1.config import AlignConfig, DistillConfig, GRPOConfig, OnPolicyConfig, SFTConfig
+from m1.modeling import M1ForCausalLM
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.training.align import align
@@ -28,6 +29,7 @@ from m1.training.optimizer import select_trainable
 from m1.training.run_directory import RunDirectory
 from m1.training.sft import SFTStage, sft
 from m1.training.sharding import full_parameters, shard_model
+from m1.training.teacher_cache import CachedTeacher, TeacherCache
 from tests.training import tiny
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -77,6 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"gradient_checkpointing": True, "reshard_after_forward": False, "precision": "bfloat16"},
         {"mixer": "mamba2"},
     ),
+    "distill, cached teacher": ("distill", {"teacher_cache": "cache", "steps": 6}, {"mixer": "mamba2"}),
     "grpo": ("grpo", {}, {}),
     "grpo, mamba2, two updates, refilled, kl": (
         "grpo",
@@ -98,6 +101,14 @@ class OddTokens:
         return [Score(float(len(text.split()) % 2), None) for text in completions]
 
 
+def cached(teacher: M1ForCausalLM, directory: Path) -> CachedTeacher:
+    """The teacher by its eight most probable tokens, from a cache that is empty at first: later epochs read it."""
+    facts = {"teacher": "tiny", "vocab_size": 67, "top_k": 8, "temperature": 1.0}
+    return CachedTeacher(
+        lambda: teacher, teacher.config, TeacherCache(directory, facts), temperature=1.0, precision=SIZES["precision"]
+    )
+
+
 def run_case(name: str, out: Path) -> None:
     """Run a case on however many ranks there are; the first writes its weights and metrics into `out`."""
     stage, fields, of_model = CASES[name]
@@ -111,7 +122,8 @@ def run_case(name: str, out: Path) -> None:
     if stage == "align":
         result = align(student, teacher, documents, AlignConfig(**SIZES | fields), progress=False)
     elif stage == "distill":
-        result = distill(student, teacher, documents, DistillConfig(**SIZES | fields), progress=False)
+        source = cached(teacher, out / fields["teacher_cache"]) if "teacher_cache" in fields else teacher
+        result = distill(student, source, documents, DistillConfig(**SIZES | fields), progress=False)
     elif stage == "grpo":
         tokenizer = tiny.word_tokenizer(" ".join(f"w{i}" for i in range(1, 67)))
         problems = [Problem(str(ids), tokenizer.decode(ids), "") for ids in PROMPTS]

@@ -19,28 +19,43 @@ from m1.training.optimizer import select_trainable
 from m1.training.packing import BatchStream, Document, PackedBatch, best_fit, pack
 from m1.training.run_directory import RunDirectory
 from m1.training.sharding import shard_model
+from m1.training.teacher_cache import CachedBatch, CachedTeacher, TeacherCache, fingerprint
+from m1.training.top_k import TopKDivergence
 
 
 class DistillStage:
-    """A `loop.Stage`: KL between the teacher's and the student's next-token distributions at the targets, mixed with CE."""
+    """A `loop.Stage`: KL between the teacher's and the student's next-token distributions at the targets, mixed with CE.
+
+    The teacher is a model that runs beside the student, or one that a cache speaks for.
+    """
 
     def __init__(
-        self, student: M1ForCausalLM, teacher: M1ForCausalLM, documents: Sequence[Document], config: DistillConfig
+        self,
+        student: M1ForCausalLM,
+        teacher: M1ForCausalLM | CachedTeacher,
+        documents: Sequence[Document],
+        config: DistillConfig,
     ) -> None:
         require_same_vocabulary(student.config, teacher.config, config.teacher or "the teacher")
-        self.student, self.teacher, self.config = student, teacher.eval(), config
+        self.student, self.config = student, config
+        self.teacher = teacher if isinstance(teacher, CachedTeacher) else teacher.eval()
         self.stream = BatchStream(documents, config.tokens_per_batch, config.seed)
 
     def draw(self, step: int) -> Step:
-        return Step([self.stream.next_batches(self.config.tokens_per_step)])
+        batches = self.stream.next_batches(self.config.tokens_per_step)
+        return Step([list(map(self.teacher.say, batches)) if isinstance(self.teacher, CachedTeacher) else batches])
 
-    def backward(self, batch: PackedBatch, num_targets: float) -> dict[str, Tensor]:
-        divergence = Divergence(
-            batch.targets, kind=self.config.kl, temperature=self.config.temperature, ce_weight=self.config.ce_weight
-        )
-        with torch.no_grad():
-            teacher = target_states(self.teacher, batch)
-        sums = head_loss(divergence, target_states(self.student, batch), teacher)
+    def backward(self, batch: PackedBatch | CachedBatch, num_targets: float) -> dict[str, Tensor]:
+        config = self.config
+        options: dict[str, Any] = {"kind": config.kl, "temperature": config.temperature, "ce_weight": config.ce_weight}
+        if isinstance(batch, CachedBatch):
+            recorded = TopKDivergence(batch.teacher, batch.packed.targets, **options)
+            sums = head_loss(recorded, target_states(self.student, batch.packed))
+        else:
+            assert not isinstance(self.teacher, CachedTeacher)
+            with torch.no_grad():
+                teacher = target_states(self.teacher, batch)
+            sums = head_loss(Divergence(batch.targets, **options), target_states(self.student, batch), teacher)
         backpropagate(sums["loss"] / num_targets)
         return {name: value.detach() for name, value in sums.items()}
 
@@ -56,7 +71,7 @@ class DistillStage:
 
 def distill(
     student: M1ForCausalLM,
-    teacher: M1ForCausalLM,
+    teacher: M1ForCausalLM | CachedTeacher,
     documents: Sequence[Document],
     config: DistillConfig,
     *,
@@ -123,22 +138,43 @@ def load_teacher(config: Any) -> M1ForCausalLM:
     return teacher
 
 
+def open_cache(config: DistillConfig, documents: Sequence[Document]) -> CachedTeacher:
+    """What speaks for the config's teacher from `teacher_cache`. Raises OSError if what is missing there will find no room."""
+    of_teacher = load_config(config.teacher)
+    facts = {"teacher": fingerprint(config.teacher), "vocab_size": of_teacher.vocab_size, "temperature": config.temperature}
+    cache = TeacherCache(config.teacher_cache, facts | {"top_k": min(config.teacher_top_k, of_teacher.vocab_size)})
+    options: dict[str, Any] = {"temperature": config.temperature, "precision": config.precision}
+    teacher = CachedTeacher(lambda: load_teacher(config), of_teacher, cache, **options)
+    teacher.require_disk(documents)
+    return teacher
+
+
+def check_cache_settings(config: DistillConfig) -> None:
+    """ValueError for settings of the teacher's cache that can't work."""
+    if config.teacher_top_k < 1:
+        raise ValueError(f"--teacher-top-k: expected at least 1, got {config.teacher_top_k}")
+    if config.teacher_cache and config.shard_teacher:
+        raise ValueError("--shard-teacher: with --teacher-cache each rank asks the teacher when it needs it; leave one out")
+
+
 def run(config: DistillConfig) -> None:
     """`m1 distill`."""
     require(config, "model", "teacher", "out")
+    check_cache_settings(config)
     teacher_config = load_config(config.teacher)
     require_same_vocabulary(load_config(config.model), teacher_config, config.teacher)
 
-    def read(tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[Document], str]:
+    def read(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Sequence[Document], CachedTeacher | None], str]:
         require_same_tokenizer(tokenizer, config.teacher)
-        return read_documents(config, tokenizer, config.loss_on)
+        documents, words = read_documents(config, tokenizer, config.loss_on)
+        return (documents, open_cache(config, documents) if config.teacher_cache else None), words
 
     run_training(
         "distill",
         config,
         read_data=read,
-        train=lambda student, _, documents, directory: distill(
-            student, load_teacher(config), documents, config, directory=directory
+        train=lambda student, _, data, directory: distill(
+            student, data[1] or load_teacher(config), data[0], config, directory=directory
         ),
         frozen=config.frozen,
         extra_bytes=parameter_bytes(teacher_config, getattr(torch, config.precision).itemsize),
