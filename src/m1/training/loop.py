@@ -282,6 +282,7 @@ def _accumulate(
     """
     for parameter in model.parameters():
         parameter.grad = None
+    forget_gathered(model)  # drawing may have gathered weights without gradients, which would get none
     num_targets = sum_over_ranks([sum(batch.num_targets for batch in batches if batch.counts)])[0]
     totals: dict[str, Tensor] = {}
     with autocast(config.precision, model.device):
