@@ -63,8 +63,9 @@ class HybridBlock(GradientCheckpointingLayer):
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        x = x + self.token_mixer(self.input_layernorm(x), layout, rotary, state)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        branch = self.token_mixer(self.input_layernorm(x), layout, rotary, state)
+        normed, x = self.post_attention_layernorm(branch.to(x.dtype), x)  # the addition is in the norm's launch
+        return x + self.mlp(normed)
 
     def forward_cached(
         self, x: Tensor, branch: Tensor | None, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState
@@ -180,8 +181,14 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
         return False
 
     def packed_states(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
-        """Flat tokens [T] -> final normalised hidden states [T, hidden]: what training puts a loss on. No cache."""
-        return self.model.forward_packed(self.model.embed_tokens(input_ids), layout)
+        """Flat tokens [T] -> final normalised hidden states [T, hidden]: what training puts a loss on. No cache.
+
+        Under autocast the states between the layers have its type too, as those of a model in that type (a teacher, a sampler).
+        """
+        hidden, device = self.model.embed_tokens(input_ids), input_ids.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        return self.model.forward_packed(hidden, layout)
 
     def forward(
         self,
