@@ -66,7 +66,7 @@ def make_engine(model: M1ForCausalLM, num_sequences: int, longest: int, argument
         max_num_seqs=num_sequences,
         max_model_len=longest,
         page_size=PAGE_SIZE,
-        max_num_batched_tokens=max(arguments.budget, 2 * num_sequences),
+        max_num_batched_tokens=arguments.budget,
         enable_prefix_caching=False,
         state_dtype=torch.bfloat16 if arguments.fp8 else torch.float32,
         kv_cache_dtype="fp8" if arguments.fp8 else "auto",
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
     parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1")
     parser.add_argument("--fp8", action="store_true", help="fp8 weights, fp8 keys and values, bf16 states")
-    parser.add_argument("--budget", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("--budget", type=int, help="max_num_batched_tokens")
     parser.add_argument("--ahead", type=int, help="steps launched before one is read")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", default="results/engine.json")

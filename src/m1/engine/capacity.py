@@ -9,6 +9,7 @@ from m1.modeling.state import ModelState
 from m1.storage import GIB, available_memory
 
 DEFAULT_NUM_SEQS = {"cpu": 128, "cuda": 1024}
+DEFAULT_NUM_TOKENS = {"cpu": 2048, "cuda": 8192}  # a step's: enough for prefill to be bound by arithmetic
 DEFAULT_MEMORY_FRACTION = {"cpu": 0.4, "cuda": 0.9}
 MAX_PREFIX_SLOTS = 64
 
@@ -96,7 +97,7 @@ def plan_capacity(
         if max_model_len is not None:
             raise ValueError(f"num_pages: {num_pages} pages of {page_size} tokens hold no sequence of max_model_len {length}")
         length = num_pages * page_size
-    tokens = max_num_batched_tokens or max(2048, 2 * num_seqs)
+    tokens = max_num_batched_tokens or max(DEFAULT_NUM_TOKENS[device.type], 2 * num_seqs)
     return Capacity(num_seqs, tokens, length, page_size, num_slots, num_pages)
 
 
