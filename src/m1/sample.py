@@ -21,7 +21,7 @@ from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.sequence import Completion, Request
 from m1.json_lines import BlockWriter
-from m1.modeling.loading import choose_device, inference_dtype, load_model, load_tokenizer
+from m1.modeling.loading import choose_device, inference_dtype, load_config, load_tokenizer
 from m1.reasoning.answers import extract_answer
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score, Scorer
@@ -118,11 +118,12 @@ def _load_engine(config: SampleConfig, tokenizer: PreTrainedTokenizerBase, probl
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     longest = max((len(prompt_ids(tokenizer, problem.problem + config.suffix)) for problem in problems), default=0)
     longest = max(longest, 2 * INVENTED_TOKENS if config.invent else 0)
-    model = load_model(config.model, dtype=inference_dtype(device), device=device)
-    limit = model.config.max_position_embeddings
+    limit = load_config(config.model).max_position_embeddings
     if longest >= limit:
         raise ValueError(f"data: a prompt of {longest} tokens leaves no room in the model's {limit}; remove such problems")
-    return Engine(model, tokenizer, max_model_len=min(limit, longest + config.max_new_tokens))
+    room = min(limit, longest + config.max_new_tokens)
+    # From the path, not from a loaded model: weights of its own are those that the engine lays out for sampling.
+    return Engine(config.model, tokenizer, dtype=inference_dtype(device), device=device, max_model_len=room)
 
 
 def _invent(
