@@ -112,7 +112,7 @@ def test_an_evaluation_goes_on_after_a_kill(models, data, tmp_path):
     out = tmp_path / "out"
     path = out / "aime24.jsonl.gz"
     words = ["eval", models["base"], "--tasks", "aime24", "--data-dir", data, "--out", out, "--device", "cpu"]
-    words += ["--samples", 40, "--concurrency", 40, "--max-new-tokens", 200]
+    words += ["--samples", 20, "--concurrency", 20, "--max-new-tokens", 150]
     program = subprocess.Popen([sys.executable, "-m", "m1.cli", *map(str, words)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or not read_records(path)[1]):
