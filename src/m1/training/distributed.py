@@ -159,14 +159,20 @@ def gather(value: T, group: Any = None) -> list[T]:
 
 
 def on_first(act: Callable[[], object], *, of_host: bool = False) -> None:
-    """Do `act` on the first rank (of each host) while others wait; what it raises is raised on all, as OSError on others."""
+    """Do `act` on the first rank (of each host) while others wait; what it raises is raised on all, as OSError on others.
+
+    They wait for up to a day, whatever the timeout of other collectives: a corpus is tokenised so, and a large model written.
+    """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if num_ranks() > 1 else None
     failure: Exception | None = None
     if local_rank() == 0 if of_host else is_first():
         try:
             act()
         except Exception as error:  # raised below, once the others know
             failure = error
-    messages = gather(failure and str(failure))
+    messages = gather(failure and str(failure), patient)
+    if patient is not None:
+        dist.destroy_process_group(patient)
     if failure is not None:
         raise failure
     if message := next(filter(None, messages), None):
