@@ -308,7 +308,7 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             f"mamba1_step {label}", ssm_bytes + row_bytes + 2 * BATCH * shared * 3 * 2, step,
             reference_step,
             exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
-            fields={"heads": [1, 4, 8, 16, 32], "num_warps": warps},
+            fields={"groups": [1, 2, 4, 8], "num_warps": warps, "max_registers": [None, 64, 96, 128]},
         ),
     ]  # fmt: skip
 
