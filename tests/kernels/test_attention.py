@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from m1.kernels import apply_rotary, paged_attention, rope_write_kv, varlen_attention, write_kv
 from m1.kernels.attention import torch_varlen
 from m1.kernels.attention.reference import _groups_of_like_length
 from tests.kernels import naive
 from tests.kernels.compare import assert_close, gradients_and_outputs
-from tests.numerics import REL_RMS
+from tests.numerics import REL_RMS, rel_rms
 
 H, G, K, PAGE = 4, 2, 8, 4
 
@@ -236,6 +237,49 @@ def test_what_torch_varlen_asks_of_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     assert torch_varlen._grouped_queries(True) in ({}, {"enable_gqa": True})
     torch_varlen._grouped_queries.cache_clear()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_documents_of_one_length_are_a_batch_in_training(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA path's other branch, on whatever this machine attends with; and nothing else takes it."""
+    monkeypatch.setattr(torch_varlen, "EQUAL_LENGTH_BACKENDS", [SDPBackend.MATH])
+    inputs, bounds = random_qkv(256 * count), naive.cu_seqlens([256] * count)
+    options = {"cu_seqlens": bounds, "max_seqlen": 256}
+    actual = gradients_and_outputs(lambda **kw: (torch_varlen.varlen_attention(**kw, **options),), inputs)
+    expected = gradients_and_outputs(lambda **kw: (varlen_attention(**kw, **options),), inputs)
+    assert_close(actual, expected, REL_RMS[torch.float32])
+    monkeypatch.setattr(torch_varlen, "_attend_equal_lengths", None)  # whoever takes the branch fails
+    monkeypatch.setattr(torch_varlen, "varlen_attn", lambda q, *_, **__: q)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    torch_varlen.varlen_attention(**leaves, cu_seqlens=bounds, max_seqlen=256, window=9)
+    torch_varlen.varlen_attention(**leaves, cu_seqlens=bounds, max_seqlen=256 * count + 1)
+    odd = {name: tensor[: 100 * count] for name, tensor in leaves.items()}
+    torch_varlen.varlen_attention(**odd, cu_seqlens=naive.cu_seqlens([100] * count), max_seqlen=100)
+    with torch.no_grad():
+        torch_varlen.varlen_attention(**leaves, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[1024] * 3, [512], [300, 724], [1, 63, 1000]])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(24, 8, 128), (14, 2, 64), (9, 3, 64)])
+def test_packed_attention_on_a_gpu(heads: int, groups: int, width: int, lengths: list[int]) -> None:
+    """bf16 against the torch reference in fp32: outputs and gradients, without waiting for the GPU."""
+    torch.manual_seed(0)
+    tokens, options = sum(lengths), {"cu_seqlens": naive.cu_seqlens(lengths).cuda(), "max_seqlen": max(lengths)}
+    inputs = [torch.randn(tokens, n, width, device="cuda").bfloat16().requires_grad_() for n in (heads, groups, groups)]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    dy = torch.randn(tokens, heads, width, device="cuda").bfloat16()
+    for _ in range(2):  # the first time plans
+        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        try:
+            y = varlen_attention(*inputs, **options)
+            gradients = torch.autograd.grad(y, inputs, dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected = varlen_attention(*wide, **options)
+    pairs = [(y, expected), *zip(gradients, torch.autograd.grad(expected, wide, dy.float()), strict=True)]
+    errors = [rel_rms(*pair) for pair in pairs]
+    assert max(errors) < REL_RMS[torch.bfloat16], errors
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_step_continues_convolution(device: str) -> None:
 def test_at_length(lengths: list[int], channels: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), channels, 4, dtype, "cuda")
     check(inputs, lengths, "silu", None)
-    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=128, steps=4, backward_steps=8, num_warps=2))
+    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=128, steps=4, num_warps=2))
 
 
 @pytest.mark.gpu

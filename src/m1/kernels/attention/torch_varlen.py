@@ -1,4 +1,10 @@
-"""Packed causal attention on CUDA in bf16 or fp16 through torch's own flash attention; no kernel of ours is needed here."""
+"""Packed causal attention on CUDA in bf16 or fp16 through torch's own kernels; none of ours is needed here.
+
+Documents of any length go to flash attention. Where all have one length, which shapes alone tell, cuDNN's attention may
+serve, which knows no packing but is nearly twice as fast: H100, 24/8 heads of 128, forward and backward together, 4 x 4,096
+tokens 3.2 ms against 5.6, 1 x 16,384 tokens 10.1 against 18.5. It plans anew for every shape, so it is kept for training,
+where few shapes come often. (Its own form for packed documents took 80 ms and gave wrong gradients in torch 2.11.)
+"""
 
 import functools
 import inspect
@@ -6,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+LENGTH_UNIT = 256  # of the lengths that cuDNN is planned for
+EQUAL_LENGTH_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # the second where cuDNN can't, in this order
 
 
 def varlen_attention(
@@ -22,6 +33,10 @@ def varlen_attention(
     """See m1.kernels.attention.varlen_attention."""
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, len(q) + 1, len(q), dtype=torch.int32, device=q.device)  # made there: no waiting
+    num_sequences = len(cu_seqlens) - 1
+    is_equal = num_sequences * max_seqlen == len(q) and max_seqlen % LENGTH_UNIT == 0 and window is None
+    if is_equal and torch.is_grad_enabled() and q.requires_grad:
+        return _attend_equal_lengths(q, k, v, num_sequences, scale)
     left = -1 if window is None or window >= max_seqlen else window - 1
     attended = varlen_attn(
         q,
@@ -37,6 +52,15 @@ def varlen_attention(
     )
     assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
     return attended
+
+
+def _attend_equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int, scale: float | None) -> Tensor:
+    """q [T, H, K], k and v [T, G, K] of T / num_sequences tokens a document."""
+    query, key, value = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q, k, v))  # [n, heads, L, K]
+    with sdpa_kernel(EQUAL_LENGTH_BACKENDS, set_priority=True):
+        is_grouped = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 @functools.cache

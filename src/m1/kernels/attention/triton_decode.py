@@ -50,19 +50,18 @@ def choose_config(
 ) -> DecodeConfig:
     """Pick a launch from shapes alone: `capacity` is the positions that a block table row can hold.
 
-    A tile of keys is 16 KiB. Splits are as many as fill the GPU four times over with two programs resident on a
-    multiprocessor, and one per 1,024 positions of capacity up to 16, so that one long sequence leaves a short tail; more
-    would launch too many programs that find nothing to do when sequences are short.
+    Splits cost their partial results: there are as few as give every multiprocessor about three programs, and one for every
+    4,096 positions of capacity up to 16, so that one long sequence leaves a short tail (best of a sweep on an H100).
     """
-    block_n = min(max(16384 // (width * itemsize), 32), 128)
-    programs = 8 * multiprocessors
+    block_n = 32 if itemsize == 4 else (128 if width * itemsize <= 64 else 64)
+    programs = 3 * multiprocessors
     num_pairs = num_sequences * num_groups
-    wanted = max(min(triton.cdiv(capacity, 1024), 16), triton.cdiv(programs, num_pairs))
+    wanted = max(min(triton.cdiv(capacity, 4096), 16), programs // num_pairs)
     affordable = max(PARTIAL_BYTES // (num_sequences * num_heads * width * 4), 1)
     useful = triton.cdiv(capacity, 2 * block_n)
     limit = min(affordable, MAX_SPLITS)
     num_splits = min(triton.next_power_of_2(min(wanted, useful)), 1 << (limit.bit_length() - 1))
-    return DecodeConfig(block_n, num_splits, 512 if num_pairs >= programs // 2 else 2 * block_n, 4, 3)
+    return DecodeConfig(block_n, num_splits, 2048 if num_pairs >= programs // 2 else 2 * block_n, 4, 3)
 
 
 @triton.jit

@@ -34,11 +34,18 @@ class ProductConfig(NamedTuple):
 
 
 def choose_config(num_tokens: int, num_outputs: int, width: int, multiprocessors: int) -> ProductConfig:
-    """A launch from shapes alone: splits so that about two programs a multiprocessor read at once."""
-    block_n, block_k = 64, 128
-    tiles = triton.cdiv(num_outputs, block_n)
-    splits = max(min(2 * multiprocessors // tiles, width // (4 * block_k), 8), 1)
-    return ProductConfig(block_n, block_k, 1 << (splits.bit_length() - 1))
+    """A launch from shapes alone: tiles of 64 channels, and as much of k in flight as fits (best of a sweep on an H100).
+
+    k is split only where there are few tiles and each has a long way to go.
+    """
+    tiles = triton.cdiv(num_outputs, 64)
+    block_k, num_stages = 256, 4
+    if num_tokens > 32 and tiles > multiprocessors // 2:  # tokens take the room of weights
+        block_k, num_stages = 128, 6 if tiles <= multiprocessors else 4
+    steps, splits = triton.cdiv(width, block_k), 1
+    while steps >= 18 * splits and 2 * splits * tiles <= 2 * multiprocessors:
+        splits *= 2
+    return ProductConfig(64, block_k, splits, 4, num_stages)
 
 
 @functools.cache
