@@ -20,6 +20,7 @@ measured lengths drawn as straight lines. It is printed beside a run too, to be 
 """
 
 import argparse
+import json
 import math
 import platform
 import random
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, help="steps launched before one is read")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", default="results/engine.json")
+    parser.add_argument("--append", action="store_true", help="to what the file holds, instead of anew")
     arguments = parser.parse_args()
     results, models = [], {}
     for case in arguments.cases:
@@ -285,7 +287,8 @@ def main() -> None:
     }
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, record)
+    records = json.loads(out.read_text())["records"] if arguments.append and out.exists() else []
+    write_json(out, {"records": [*records, record]})
     print(f"written to {out}")
 
 
