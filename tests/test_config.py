@@ -32,14 +32,16 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_table_of_a_recipe_goes_on_from_the_one_before(path):
     """Models and data that a table takes are what an earlier one wrote, or the base's; documents fit into batches."""
-    stages = ("sample", "convert", "align", "select", "distill", "sft", "grpo")
+    stages = ("sample", "convert", "align", "select", "distill", "on-policy", "sft", "grpo")
     written, base = set(), read_recipe(path, "convert")["base"]
     for command in stages:
         config = build(command, read_recipe(path, command), str(path))
         for name in ("model", "teacher", "base"):
             assert getattr(config, name, base) in {base, *written}, (command, name)
         for source in [*getattr(config, "data", []), *getattr(config, "calibration", [])]:
-            assert source.startswith("gym:") or source in written, (command, source)
+            name, _, part = source.partition(":")
+            assert name == "gym" or name in written, (command, source)
+            assert name == "gym" or part == ("held_out" if command == "select" else "train"), "choose on what is held out"
         if hasattr(config, "tokens_per_step"):
             assert config.max_length <= config.tokens_per_batch
         if command in ("align", "distill", "sft"):

@@ -1,4 +1,4 @@
-"""The whole way through the command line, on a model of two seconds: convert, align, distill, sft, grpo, solve; quickstart."""
+"""The whole way through the command line, on a model of two seconds: every stage, a recipe of all stages, solve; quickstart."""
 
 import dataclasses
 import json
@@ -75,6 +75,106 @@ def test_every_stage_takes_what_the_one_before_it_gave(base, data, tmp_path, cap
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["samples"]) == 3
     assert {"answer", "share", "votes", "solution", "tokens", "seconds"} <= answer.keys()
+
+
+RECIPE = """
+[all]
+teacher = "{base}"
+steps = 2
+tokens_per_step = 256
+tokens_per_batch = 256
+max_length = 256
+max_new_tokens = 6
+device = "cpu"
+precision = "float32"
+suffix = ""
+seed = 1
+
+[sample]
+model = "{base}"
+out = "{root}/data"
+data = ["{problems}"]
+invent = 3
+samples = 2
+
+[convert]
+base = "{base}"
+out = "{root}/converted"
+attention_fraction = 0
+start = "improved"
+calibration = ["{root}/data:train"]
+
+[align]
+model = "{root}/converted"
+out = "{root}/aligned"
+data = ["{root}/data:train"]
+
+[select]
+model = "{root}/aligned"
+out = "{root}/selected"
+data = ["{root}/data"]
+attention_fraction = 0.5
+tokens = 100
+
+[distill]
+model = "{root}/selected"
+out = "{root}/distilled"
+data = ["{root}/data:train"]
+teacher_cache = "{root}/teacher"
+teacher_top_k = 16
+
+[on-policy]
+model = "{root}/distilled"
+out = "{root}/on-policy"
+data = ["{root}/data:train"]
+problems_per_step = 2
+
+[sft]
+model = "{root}/on-policy"
+out = "{root}/sft"
+data = ["{root}/data:train"]
+only_correct = false
+
+[grpo]
+model = "{root}/sft"
+out = "{root}/grpo"
+data = ["{problems}"]
+problems_per_step = 2
+samples_per_problem = 2
+refill = 2.0
+"""
+
+
+def test_a_recipe_runs_from_samples_to_a_reinforced_hybrid(base, data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(base=base, root=tmp_path, problems=data))
+    stages = ("sample", "convert", "align", "select", "distill", "on-policy", "sft", "grpo")
+    for stage in stages:
+        m1(stage, recipe)
+    capsys.readouterr()
+    for stage in (
+        "sample",
+        "align",
+        "select",
+        "distill",
+        "on-policy",
+        "sft",
+        "grpo",
+    ):  # the same line goes on, or says that all is done
+        m1(stage, recipe)
+        assert "is finished already" in capsys.readouterr().out
+
+    record = read_run_record(tmp_path / "grpo")
+    assert [one["command"] for one in record["history"]] == [*stages[1:-1]]
+    assert read_run_record(tmp_path / "data")["samples"] >= 36 * 2
+    chosen = json.loads((tmp_path / "selected" / "selection.json").read_text())["attention_layers"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "grpo").config.attention_layers == chosen
+    assert len(chosen) == 2
+
+    m1("convert", "--base", base, "--out", tmp_path / "anew", "--attention-layers", tmp_path / "selected" / "selection.json")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "anew").config.attention_layers == chosen
+    m1("report", tmp_path / "grpo")
+    assert "m1 grpo: grpo" in (tmp_path / "grpo" / "report.html").read_text()
 
 
 def test_solve_prints_the_vote(base, capsys):

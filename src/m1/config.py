@@ -260,10 +260,7 @@ class RolloutConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class OnPolicyConfig(RolloutConfig):
-    """On-policy distillation: the hybrid samples, and learns at each of its own tokens what the teacher would have done.
-
-    arXiv 2306.13649.
-    """
+    """On-policy distillation: at each token that the hybrid samples it learns what the teacher would do (arXiv 2306.13649)."""
 
     teacher: str = ""
     """The model to learn from; a directory or hub name with the same vocabulary."""

@@ -1,4 +1,5 @@
-"""JSON lines on disk, plain or gzip: reading either, and appending blocks of rows that a kill can't leave by half.
+"""JSON lines on disk, plain or gzip: which files a source names, reading them, and appending blocks of rows that a kill can't
+leave by half.
 
 A block is one gzip member, so a file is what `zcat` and every gzip reader understand; a torn last member is cut off when the
 file is opened for appending again. gzip and not zstd, because Python 3.11 reads and writes it by itself. No torch here.
@@ -6,15 +7,69 @@ file is opened for appending again. gzip and not zstd, because Python 3.11 reads
 
 import fcntl
 import gzip
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from m1.storage import RUN_RECORD
+
 GZIP = ".gz"
+TRAIN, HELD_OUT, HELD_OUT_ONE_IN = "train", "held_out", 50
 _READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that a source names, and which of their rows: "train", "held_out", or (None) all."""
+
+    paths: list[Path]
+    split: str | None
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row is one of those meant."""
+        return self.split is None or is_held_out(row) == (self.split == HELD_OUT)
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source means files: they exist, or it looks like a path rather than the name of something else."""
+    path = Path(_divide(source)[0])
+    return path.exists() or path.suffix in (".jsonl", ".json", GZIP) or path.is_absolute() or source.startswith((".", "~"))
+
+
+def files_of(source: str) -> Files:
+    """The file of that name, or the samples in a directory that `m1 sample` finished; NAME:train and NAME:held_out mean a part.
+
+    Raises FileNotFoundError for what is not there, ValueError for a directory without samples or an unfinished one.
+    """
+    name, split = _divide(source)
+    path = Path(name)
+    if path.is_file():
+        return Files([path], split)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{name}: no such data file")
+    files = sorted(path.glob("samples-*.jsonl.gz"))
+    if not files:
+        raise ValueError(f"{name}: expected a file, or a directory that `m1 sample` wrote; this one has no samples")
+    if not (path / RUN_RECORD).is_file():
+        raise ValueError(f"{name}: `m1 sample` has not finished it; run that command again first")
+    return Files(files, split)
+
+
+def is_held_out(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one of the few (1 in 50) that are for choosing, not for training; all rows of a problem are alike."""
+    asked = row.get("problem") or row.get("prompt") or (row.get("messages") or [{}])[0].get("content", "")
+    return int.from_bytes(hashlib.blake2b(str(asked).encode(), digest_size=8).digest(), "big") % HELD_OUT_ONE_IN == 0
+
+
+def _divide(source: str) -> tuple[str, str | None]:
+    """Name and split, if there is one."""
+    name, _, split = source.rpartition(":")
+    return (name, split) if split in (TRAIN, HELD_OUT) and name and not Path(source).exists() else (source, None)
 
 
 def open_lines(path: str | Path) -> IO[bytes]:

@@ -215,7 +215,7 @@ def test_existing_output_is_kept_unless_told(base_directory: Path, tmp_path: Pat
         (["--base", "{tmp}/absent"], "absent: no such model directory"),
         (["--base", "{tmp}/absent.gguf"], "absent.gguf: no such GGUF file"),
         (["--base", "{base}", "--attention-layers", "7"], "layer 7 does not exist"),
-        (["--base", "{base}", "--start", "improved", "--calibration", "{tmp}/none.jsonl"], "none.jsonl: no such file"),
+        (["--base", "{base}", "--start", "improved", "--calibration", "{tmp}/none.jsonl"], "none.jsonl: no such data file"),
         (["--base", "{base}", "--start", "improved", "--calibration", "{tmp}/bad.jsonl"], "bad.jsonl, line 2: not valid JSON"),
         (["--base", "{base}", "--start", "improved", "--calibration", "{tmp}/odd.jsonl"], "odd.jsonl, line 1: expected"),
         (["--base", "{base}", "--start", "improved", "--calibration", "{tmp}/empty.jsonl"], "empty.jsonl: no rows"),

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from m1.training.sources import check_row, read_problem_set, read_rows
+from m1.json_lines import is_file_name
+from m1.training.sources import check_row, fingerprints, read_problem_set, read_rows
 
 ROW = {"prompt": "1+1", "completion": "2"}
 
@@ -112,3 +113,30 @@ def test_rows_given_in_memory_are_checked_too():
     assert check_row(ROW, "row 1").fields == ROW
     with pytest.raises(ValueError, match="row 9"):
         check_row({"completion": "a"}, "row 9")
+
+
+def test_a_problem_is_held_out_with_all_its_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    problems = [{"problem": f"{number} + 1", "answer": str(number + 1)} for number in range(400)]
+    samples = [{"prompt": one["problem"] + " = ?", "completion": "x", "problem": one["problem"]} for one in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in problems + samples))
+
+    def read(split):
+        return [row.fields["problem"] for row in read_rows([f"{path}{split}"], num_problems=1, seed=0)]
+
+    held_out, train = read(":held_out"), read(":train")
+    assert sorted(held_out + train) == sorted(read(""))
+    assert not set(held_out) & set(train)
+    assert 2 <= len(set(held_out)) <= 20
+    assert len(held_out) == 2 * len(set(held_out))
+    path.write_text("".join(json.dumps(row) + "\n" for row in problems))
+    chosen = read_problem_set([f"{path}:held_out"], num_problems=1, seed=0)
+    assert [problem.problem for problem in chosen] == list(dict.fromkeys(held_out))
+    assert fingerprints([f"{path}:train"], num_problems=1, seed=0) != fingerprints([str(path)], num_problems=1, seed=0)
+
+
+def test_a_split_is_not_taken_from_a_name_of_datasets():
+    assert not is_file_name("openai/gsm8k:train")
+    assert is_file_name("rows.jsonl:train")
+    with pytest.raises(FileNotFoundError, match=r"rows\.jsonl: no such data file"):
+        read_rows(["rows.jsonl:held_out"], num_problems=1, seed=0)

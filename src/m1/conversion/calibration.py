@@ -5,10 +5,11 @@ A few thousand tokens are enough, so rows are read simply, in the order of the f
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+
+from m1.json_lines import Files, files_of, numbered_lines
 
 MAX_LENGTH = 512
 
@@ -47,31 +48,33 @@ def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> list[int
     return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids
 
 
-def read_texts(paths: Sequence[str]) -> Iterator[Text]:
-    """The texts of JSON-lines files, row after row of each.
+def read_texts(sources: Sequence[str]) -> Iterator[Text]:
+    """The texts of JSON-lines files (.gz too) and of directories of `m1 sample`, row after row of each.
 
     Rows have `messages`, `prompt` and `completion`, `problem` and `solution` or `answer`, or `text`. Raises
     FileNotFoundError, and ValueError that names file and line.
     """
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"calibration: {path}: no such file (JSON lines)")
-        is_empty = True
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text_of_row(line, f"{path}, line {number}")
+    for source in sources:
+        files, is_empty = files_of(source), True
+        for path in files.paths:
+            for number, line in numbered_lines(path):
+                text = _text_of_row(line, f"{path}, line {number}", files)
+                if text is not None:
+                    yield text
                     is_empty = False
         if is_empty:
-            raise ValueError(f"calibration: {path}: no rows in this file")
+            raise ValueError(f"calibration: {source}: no rows in it")
 
 
-def _text_of_row(line: str, place: str) -> Text:
+def _text_of_row(line: bytes, place: str, files: Files) -> Text | None:
+    """The text of a row, or None if the row is not one of those meant."""
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # malformed, or not UTF-8
         raise ValueError(f"{place}: not valid JSON: {error}") from error
     if isinstance(row, dict):
+        if not files.has(row):
+            return None
         if row.get("messages"):
             return row["messages"]
         for question, answers in {"prompt": ("completion",), "problem": ("solution", "answer")}.items():

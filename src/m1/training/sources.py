@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m1.json_lines import GZIP, numbered_lines
+from m1.json_lines import files_of, is_file_name, numbered_lines
 from m1.reasoning.problems import Problem, generate_problems, read_problems
 from m1.reasoning.rewards import require_reward_name
-from m1.storage import RUN_RECORD
 
 GYM_PREFIX = "gym:"
 _SHAPES = "'messages', or 'prompt' and 'completion', or 'problem' and 'answer'"
@@ -37,6 +36,7 @@ def read_rows(sources: Sequence[str], *, num_problems: int, seed: int, only_corr
 
 def iterate_rows(sources: Sequence[str], *, num_problems: int, seed: int, only_correct: bool = False) -> Iterator[Row]:
     """Rows of `sources` in their order: files, directories, `datasets` names (NAME or NAME:SPLIT), generators (gym:NAME).
+    FILE:held_out means the few rows of a file or directory that FILE:train leaves out (`json_lines.is_held_out`).
 
     only_correct: leave out rows whose `is_correct` is there and not true.
 
@@ -68,9 +68,10 @@ def fingerprints(sources: Sequence[str], *, num_problems: int, seed: int) -> lis
         if source.startswith(GYM_PREFIX):
             found.append([source, num_problems, seed, importlib.metadata.version("reasoning-gym")])
         elif is_file_name(source):
-            for path in _files_of(Path(source)):
+            files = files_of(source)
+            for path in files.paths:
                 with path.open("rb") as file:
-                    found.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+                    found.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest(), files.split])
         else:
             found.append([source, _load_dataset(source)._fingerprint])
     return found
@@ -86,8 +87,8 @@ def _rows_of(source: str, num_problems: int, seed: int) -> Iterator[Row]:
         for problem in generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed):
             yield Row({"problem": problem.problem, "answer": problem.answer}, problem.id)
     elif is_file_name(source):
-        for path in _files_of(Path(source)):
-            yield from _read_json_lines(path)
+        files = files_of(source)
+        yield from (row for path in files.paths for row in _read_json_lines(path) if files.has(row.fields))
     else:
         yield from _read_dataset(source)
 
@@ -104,7 +105,8 @@ def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, re
         if source.startswith(GYM_PREFIX):
             problems += generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
         elif is_file_name(source):
-            problems += [problem for path in _files_of(Path(source)) for problem in read_problems(path)]
+            files = files_of(source)
+            problems += [one for path in files.paths for one in read_problems(path) if files.has({"problem": one.problem})]
         else:
             problems += [_problem_of(row) for row in _read_dataset(source)]
     if reward == "auto":
@@ -150,26 +152,6 @@ def check_row(fields: Any, where: str) -> Row:
 def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> Iterator[Row]:
     """Rows given in memory, checked as they come; they are named by their number from 1."""
     return (row if isinstance(row, Row) else check_row(row, f"row {number}") for number, row in enumerate(rows, start=1))
-
-
-def is_file_name(source: str) -> bool:
-    """Whether a source means a file: it exists, or looks like a path rather than a `datasets` name."""
-    path = Path(source)
-    return path.exists() or path.suffix in (".jsonl", ".json", GZIP) or path.is_absolute() or source.startswith((".", "~"))
-
-
-def _files_of(source: Path) -> list[Path]:
-    """The file itself, or the samples in a directory that `m1 sample` finished."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such data file")
-    files = sorted(source.glob("samples-*.jsonl.gz"))
-    if not files:
-        raise ValueError(f"{source}: expected a file, or a directory that `m1 sample` wrote; this one has no samples")
-    if not (source / RUN_RECORD).is_file():
-        raise ValueError(f"{source}: `m1 sample` has not finished it; run that command again first")
-    return files
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
