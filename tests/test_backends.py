@@ -1,13 +1,9 @@
 """Every backend keeps one contract: the same samples for a seed, watches that are heard and obeyed, log-probs, times."""
 
-import json
 import sys
-import threading
 import time
 import types
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from m1.config import SolveConfig
 from m1.engine import Engine
 from m1.evaluation.sampling import SampleRequest, Watch
 from tests.engine.models import byte_tokenizer, tiny_model
+from tests.fake_server import fake_server
 from tests.numerics import ENGINE_LOGPROBS
 
 PARAMS = {"temperature": 0.9, "max_tokens": 12, "seed": 3}
@@ -40,56 +37,11 @@ class Listener(Watch):
         return self.most_tokens is not None and num_tokens >= self.most_tokens
 
 
-class FakeServer(BaseHTTPRequestHandler):
-    """Completes with the seed it is given. Fails as its class says."""
-
-    failures = 0  # requests to refuse with 503 before serving
-    status, reason = 200, ""
-    delay = 0.0
-    seen: ClassVar[list[dict]] = []
-
-    def do_POST(self):
-        kind = type(self)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        kind.seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        time.sleep(kind.delay)
-        if kind.failures or kind.status != 200:
-            status, kind.failures = (503 if kind.failures else kind.status), max(0, kind.failures - 1)
-            return self.reply(status, {"error": kind.reason})
-        words = [f"{body.get('seed', 0)}", "is", "it"]
-        choice = {"index": 0, "finish_reason": "stop"}
-        if "messages" in body:
-            choice |= {"message": {"role": "assistant", "content": " ".join(words)}}
-            choice |= {"logprobs": {"content": [{"token": word, "logprob": -0.5} for word in words]}}
-        else:
-            choice |= {"text": " ".join(words), "logprobs": {"token_logprobs": [None, -0.5, -1.5]}}
-        return self.reply(200, {"choices": [choice], "usage": {"completion_tokens": 3}})
-
-    def reply(self, status, content):
-        data = json.dumps(content).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except OSError:
-            pass  # the client has gone, as a test wants
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch):
-    handler = type("Handler", (FakeServer,), {"seen": []})
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
     monkeypatch.setattr("m1.backends.server._FIRST_PAUSE", 0.01)
-    handler.url = f"http://127.0.0.1:{httpd.server_port}/v1"
-    yield handler
-    httpd.shutdown()
-    httpd.server_close()
+    with fake_server() as handler:
+        yield handler
 
 
 class FakeVLLM:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from m1 import cli
 from m1.evaluation.records import read_records
+from tests.fake_server import fake_server
 from tests.training.tiny import byte_tokenizer
 
 
@@ -153,6 +154,19 @@ def test_an_adaptive_evaluation(models, data, tmp_path):
     assert "pass@1" not in summary
     assert 1 <= summary["mean_samples"] <= 4
     assert m1("report", tmp_path / "out") == 0
+
+
+def test_other_backends(models, data, tmp_path):
+    assert evaluate(models["hybrid"], data, tmp_path / "transformers", "--backend", "transformers") == 0
+    record = json.loads((tmp_path / "transformers" / "m1_run.json").read_text())
+    assert record["backend"]["class"] == "M1ForCausalLM"
+    assert record["results"]["gsm8k"]["session"]["samples"] >= 19
+    with fake_server() as server:
+        assert evaluate("some-model", data, tmp_path / "server", "--url", server.url) == 0
+        assert server.seen[0]["max_tokens"] == 6
+    run, records = read_records(tmp_path / "server" / "gsm8k.jsonl.gz")
+    assert run["description"] == {"model": "some-model", "backend": "server", "url": server.url}
+    assert records[0]["samples"][0]["text"].endswith("is it")
 
 
 @pytest.mark.parametrize(
