@@ -35,6 +35,9 @@ CHUNKED_LOSS = 1e-6
 # first steps divide them by their own size, so that the least of them may turn a weight's small step around.
 RANKS_EQUAL_ONE = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
 
+# Losses of short runs against those recorded, relative: other versions of torch and other processors add in other orders.
+GOLDEN_LOSS = 5e-3
+
 # The engine's log-probs against a fresh forward's, absolute: fp32, and the mean over tokens of a bf16 copy of an fp32 model.
 ENGINE_LOGPROBS = 1e-3
 ENGINE_LOGPROBS_BF16 = 0.02

@@ -1,16 +1,18 @@
 """The stages on a GPU: the same losses as on the CPU, and GRPO with the engine."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from m1.config import AlignConfig, DistillConfig, GRPOConfig, SFTConfig
 from m1.training.align import align
 from m1.training.distill import distill
 from m1.training.grpo import grpo
 from m1.training.sft import sft
-from tests.training import tiny
+from tests.training import ranks, tiny
 from tests.training.test_grpo import PROBLEMS, TOKENIZER, RewardExactly, make_config, make_model
 
 pytestmark = pytest.mark.gpu
@@ -45,3 +47,27 @@ def test_grpo_with_the_engine(precision):
     gaps = [record["log_prob_gap"] for record in result.metrics if "log_prob_gap" in record]  # steps whose groups differ
     assert max(gaps) < (1e-3 if precision == "float32" else 0.05)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", ["align", "distill", "sft"])
+def test_a_divided_model_trains_as_a_whole_one(stage, precision, monkeypatch):
+    """One rank of NCCL and FSDP2, which is all that one GPU allows, against none."""
+    losses = []
+    for number in range(2):
+        student = tiny.model().to("cuda")
+        teacher, documents = tiny.teacher_of(student).to("cuda"), tiny.documents(8)
+        sizes = SIZES | {"precision": precision}
+        with ranks.process_group("cuda", 60) if number else contextlib.nullcontext():
+            if stage == "align":
+                result = align(student, teacher, documents, AlignConfig(**sizes), progress=False)
+            elif stage == "distill":
+                result = distill(student, teacher, documents, DistillConfig(**sizes, ce_weight=0.2), progress=False)
+            else:
+                result = sft(student, documents, SFTConfig(**sizes), progress=False)
+            assert isinstance(student, FSDPModule) == bool(number)
+        losses.append([record["loss"] for record in result.metrics])
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29533}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if precision == "float32" else 1e-3)
