@@ -11,7 +11,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"--ema-decay: expected 0 (none) or a number between 0 and 1, such as 0.999, got {decay}")
+            raise ValueError(f"ema_decay: expected a number between 0 and 1, such as 0.999, got {decay}")
         self.model, self.decay = model, decay
         self.weights: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad

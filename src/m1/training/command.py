@@ -112,6 +112,12 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("steps", "tokens_per_step", "tokens_per_batch", "max_length", "checkpoint_every", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"--ema-decay: expected 0 (none) or a number below 1, such as 0.999, got {config.ema_decay}")
+    if config.timeout <= 0:
+        raise ValueError(f"--timeout: expected more than 0 seconds, got {config.timeout}")
+    if config.export_every < 0:
+        raise ValueError(f"--export-every: expected 0 (none) or more, got {config.export_every}")
     if config.max_length > config.tokens_per_batch:
         raise ValueError(
             f"--max-length {config.max_length} does not fit into --tokens-per-batch {config.tokens_per_batch}: "

@@ -5,7 +5,6 @@ here knows which stage it runs.
 """
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +23,7 @@ from m1.training.average import WeightAverage
 from m1.training.checkpoint import TrainingState, load_newest_checkpoint, remove_leftovers
 from m1.training.checkpoint_writer import CheckpointWriter
 from m1.training.distributed import add_over_ranks, is_any, is_distributed, is_first, num_ranks, rank, sum_over_ranks
+from m1.training.interruption import interruptible
 from m1.training.metrics import MetricsLog, Record
 from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_rates, squared_gradient_norm
 from m1.training.run_directory import RunDirectory
@@ -140,7 +140,7 @@ def train(
     try:
         with (
             _training_mode(model, config),
-            _interruptible(is_on=directory is not None) as stop,
+            interruptible(is_on=directory is not None) as stop,
             _progress_bar(config.steps, first, title, is_on=progress) as bar,
         ):
             for step in range(first, config.steps):
@@ -326,28 +326,3 @@ def _shown(record: Record) -> dict[str, str]:
     """The few numbers that stand beside the progress bar."""
     names = ("loss", "kl", "reward", "tokens_per_second")
     return {name: f"{record[name]:.4g}" for name in names if isinstance(record.get(name), (int, float))}
-
-
-class _Stop:
-    is_requested = False
-
-
-@contextmanager
-def _interruptible(*, is_on: bool) -> Iterator[_Stop]:
-    """Within: the first Ctrl-C or SIGTERM asks to stop after the running step, a second Ctrl-C stops at once."""
-    stop = _Stop()
-
-    def request(number: int, frame: Any) -> None:
-        if stop.is_requested:
-            raise KeyboardInterrupt
-        stop.is_requested = True
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)} if is_on else {}
-    except ValueError:  # not the main thread, which alone may set handlers: interruption is the caller's business
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
