@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from m1.backends import Backend, open_backend
 from m1.config import EvalConfig, require
-from m1.evaluation.budget import MOST_SAMPLES, Budget
+from m1.evaluation.budget import MOST_SAMPLES, Budget, parse_budgets
 from m1.evaluation.records import read_records
 from m1.evaluation.runner import evaluate, summarize_run
 from m1.evaluation.sampling import Prompt
@@ -60,40 +60,31 @@ def run(config: EvalConfig) -> None:
     """The command. Raises ValueError, OSError or MemoryError for users' mistakes; every problem done is kept."""
     require(config, "model")
     tasks = parse_tasks(config.tasks)
-    seconds, tokens = _numbers(config.time_budgets, "--time-budgets"), _numbers(config.token_budgets, "--token-budgets")
+    seconds = parse_budgets(config.time_budgets, "--time-budgets")
+    tokens = parse_budgets(config.token_budgets, "--token-budgets")
     budget = Budget(max(seconds) if seconds else None, int(max(tokens)) if tokens else None)
     check(config)
-    problems = {task: load_task(task, data_dir=config.data_dir, limit=config.limit, seed=config.seed) for task in tasks}
     verifier = load_verifier(config.verifier) if config.verifier else None
     if config.verifier and verifier is None:
         raise ValueError(f"--verifier: expected MODULE:FUNCTION, got {config.verifier!r}")
+    problems = {task: load_task(task, data_dir=config.data_dir, limit=config.limit, seed=config.seed) for task in tasks}
     out = Path(config.out or Path("runs/eval") / task_name(config.model.strip("/").split("/")[-1]))
     require_free(out)
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    backend = open_backend(config)
+    evaluation = Evaluation(config, open_backend(config), out, budget, verifier)
     if config.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    num_samples = config.samples or (MOST_SAMPLES if budget else PAPER_SAMPLES)
-    console.print(f"[bold]{escape(backend.description)}[/]")
-    console.print(_plan(config, problems, num_samples, budget))
-
+    console.print(f"[bold]{escape(evaluation.backend.description)}[/]")
+    console.print(_plan(config, problems, evaluation.num_samples, budget))
     record = read_run_record(out) or {}
     results: dict[str, Any] = record.get("results", {})
-    facts = {"versions": versions(), "hardware": hardware(backend), "backend": backend.identity | backend.facts}
     if not record:  # else it stands until the first task has shown that the records there are of the same run
-        write_run_record(out, COMMAND, dataclasses.asdict(config), **facts, results=results)
+        evaluation.write_record(results)
     with Scorer() as scorer:
         for task in tasks:
-            to_prompt = prompt_maker(backend, task, config.suffix)
-            if budget.seconds:
-                backend.warm_up(to_prompt(problems[task][0]), _WARM_UP_TOKENS, config.temperature)
-            summary = measure(config, task, problems[task], backend, out, scorer, num_samples, budget, to_prompt, verifier)
-            if budget:
-                run_line, records = read_records(records_path(out, task), with_texts=False)
-                summary |= summarize_run(run_line, records, seconds=seconds, tokens=tokens)
-            results[task_name(task)] = summary
-            write_run_record(out, COMMAND, dataclasses.asdict(config), **facts, results=results)
+            results[task_name(task)] = evaluation.measure(task, problems[task], scorer)
+            evaluation.write_record(results)
     print_results(console, {task_name(task): results[task_name(task)] for task in tasks})
     console.print(f"Records and results: {escape(str(out))}\nNext: m1 report {escape(str(out))}")
 
@@ -121,60 +112,75 @@ def require_free(out: Path) -> None:
             raise FileExistsError(f"{out} holds the result of `m1 {record['command']}`; give another --out")
 
 
-def measure(
-    config: EvalConfig,
-    task: str,
-    problems: Sequence[Problem],
-    backend: Backend,
-    out: Path,
-    scorer: Scorer,
-    num_samples: int,
-    budget: Budget,
-    to_prompt: Callable[[Problem], Prompt],
-    verifier: Verify | None,
-) -> dict[str, Any]:
-    """Evaluate one task with a progress bar; its summary, and what this `session` sampled of it."""
-    path = records_path(out, task)
-    session: dict[str, float] = {}
-    start = time.perf_counter()
-    with tqdm(total=len(problems), desc=task_name(task), unit="problem") as bar:
+class Evaluation:
+    """One model, one way of sampling it, one output directory."""
 
-        def show(done: int, total: int) -> None:
-            if bar.initial == 0 and bar.n == 0:
-                bar.initial = bar.n = done - 1  # of an earlier run: they count for nothing in the rate
-            bar.update(done - bar.n)
+    def __init__(self, config: EvalConfig, backend: Backend, out: Path, budget: Budget, verifier: Verify | None) -> None:
+        self.config, self.backend, self.out, self.budget, self.verifier = config, backend, out, budget, verifier
+        self.num_samples = config.samples or (MOST_SAMPLES if budget else PAPER_SAMPLES)
 
-        def tell(num_samples: int, num_tokens: int) -> None:
-            seconds = time.perf_counter() - start
-            session.update(samples=num_samples, tokens=num_tokens, seconds=seconds, tokens_per_second=num_tokens / seconds)
-            bar.set_postfix_str(f"{num_samples} samples, {num_tokens / seconds:,.0f} tokens/s", refresh=False)
-            bar.update(0)
+    def write_record(self, results: dict[str, Any]) -> None:
+        """`m1_run.json`: what runs, on what, and the results so far."""
+        about = self.backend.identity | self.backend.facts | {"concurrency": self.backend.concurrency}
+        facts = {"versions": versions(), "hardware": hardware(), "backend": about}
+        write_run_record(self.out, COMMAND, dataclasses.asdict(self.config), **facts, results=results)
 
-        summary = evaluate(
-            problems,
-            backend.generate,
-            num_samples=num_samples,
-            params={
-                "temperature": config.temperature,
-                "top_p": config.top_p,
-                "max_tokens": config.max_new_tokens,
-                "seed": config.seed,
-            },
-            records_path=path,
-            description=backend.identity | ({"verifier": config.verifier} if config.verifier else {}),
-            to_prompt=to_prompt,
-            scorer=scorer,
-            verifier=verifier,
-            adaptive=config.adaptive or None,
-            budget=budget,
-            on_record=show,
-            on_step=tell,
-        )
-    return summary | {"session": session}
+    def measure(self, task: str, problems: Sequence[Problem], scorer: Scorer) -> dict[str, Any]:
+        """Evaluate one task with a progress bar; its summary, and what this `session` sampled of it."""
+        config, backend = self.config, self.backend
+        to_prompt = prompt_maker(backend, task, config.suffix)
+        if self.budget.seconds:
+            backend.warm_up(to_prompt(problems[0]), _WARM_UP_TOKENS, config.temperature)
+        path = self.out / f"{task_name(task)}{RECORDS_SUFFIX}"
+        params = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
+        with Progress(task_name(task), len(problems)) as progress:
+            summary = evaluate(
+                problems,
+                backend.generate,
+                num_samples=self.num_samples,
+                params=params | {"seed": config.seed},
+                records_path=path,
+                description=backend.identity | ({"verifier": config.verifier} if config.verifier else {}),
+                to_prompt=to_prompt,
+                scorer=scorer,
+                verifier=self.verifier,
+                adaptive=config.adaptive or None,
+                budget=self.budget,
+                on_record=progress.on_record,
+                on_step=progress.on_step,
+            )
+        if self.budget:
+            run_line, records = read_records(path, with_texts=False)
+            seconds, tokens = parse_budgets(config.time_budgets), parse_budgets(config.token_budgets)
+            summary |= summarize_run(run_line, records, seconds=seconds, tokens=tokens)
+        return summary | {"session": progress.session}
 
 
-def records_path(out: Path, task: str) -> Path:
-    return out / f"{task_name(task)}{RECORDS_SUFFIX}"
+class Progress:
+    """The bar of one task: problems done, samples, tokens a second. `session` holds the last two."""
+
+    def __init__(self, name: str, num_problems: int) -> None:
+        self.session: dict[str, float] = {}
+        self._bar = tqdm(total=num_problems, desc=name, unit="problem")
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def on_record(self, done: int, total: int) -> None:
+        if self._bar.n == 0:
+            self._bar.initial = self._bar.n = done - 1  # of an earlier run: they count for nothing in the rate
+        self._bar.update(done - self._bar.n)
+
+    def on_step(self, num_samples: int, num_tokens: int) -> None:
+        seconds = time.perf_counter() - self._start
+        rate = num_tokens / seconds
+        self.session.update(samples=num_samples, tokens=num_tokens, seconds=seconds, tokens_per_second=rate)
+        self._bar.set_postfix_str(f"{num_samples} samples, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(0)
 
 
 def prompt_maker(backend: Backend, task: str, suffix: str | None) -> Callable[[Problem], Prompt]:
@@ -204,7 +210,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware(backend: Backend) -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """The machine that samples; for a server, only this one is known."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -232,14 +238,3 @@ def _plan(config: EvalConfig, problems: dict[str, list[Problem]], num_samples: i
         return f"{sizes}; each problem alone until {budget.tokens} tokens are generated; {how}"
     many = f"up to {num_samples} samples" if config.adaptive else f"{num_samples} samples"
     return f"{sizes}; {many} a problem, {total * num_samples:,} in all; {how}"
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    """Ascending positive numbers from a list with commas."""
-    try:
-        numbers = sorted({float(part) for part in text.split(",") if part.strip()})
-    except ValueError as error:
-        raise ValueError(f"{option}: expected numbers with commas between them, got {text!r}") from error
-    if any(not 0 < number < float("inf") for number in numbers):
-        raise ValueError(f"{option}: expected numbers above 0, got {text!r}")
-    return numbers

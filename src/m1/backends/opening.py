@@ -89,7 +89,6 @@ def _open_engine(config: SamplingConfig) -> Backend:
             "dtype": str(dtype).removeprefix("torch."),
             "mixer_layers": len(layers.mixer_layers),
             "attention_layers": len(layers.attention_layers),
-            "max_num_seqs": capacity.max_num_seqs,
             "max_model_len": capacity.max_model_len,
         },
         concurrency=capacity.max_num_seqs,

@@ -38,6 +38,17 @@ class Budget:
         return self.seconds is not None or self.tokens is not None
 
 
+def parse_budgets(text: str, option: str = "budgets") -> list[float]:
+    """Ascending budgets from a list with commas, none for an empty one. Raises ValueError for what is no positive number."""
+    try:
+        numbers = sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError as error:
+        raise ValueError(f"{option}: expected numbers with commas between them, got {text!r}") from error
+    if any(not 0 < number < float("inf") for number in numbers):
+        raise ValueError(f"{option}: expected numbers above 0, got {text!r}")
+    return numbers
+
+
 class SampleUntil(Watch):
     """Collects the samples of one problem, in the order in which they finish, until the budget or the vote says stop.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m1.evaluation.budget import accuracy_at_budgets, vote_is_right
+from m1.evaluation.budget import accuracy_at_budgets, parse_budgets, vote_is_right
 from m1.evaluation.comparison import paired_difference
 from m1.evaluation.records import read_records
 from m1.evaluation.report import Curve, Report, curve_plot
@@ -104,25 +104,21 @@ def _summarize(about: Mapping[str, Any], settings: Mapping[str, Any], records: S
     return summarize_run(
         settings,
         records,
-        seconds=_numbers(config.get("time_budgets", "")),
-        tokens=_numbers(config.get("token_budgets", "")),
+        seconds=parse_budgets(config.get("time_budgets", "")),
+        tokens=parse_budgets(config.get("token_budgets", "")),
     )
 
 
-def _numbers(text: str) -> list[float]:
-    return sorted(float(part) for part in text.split(",") if part.strip())
-
-
 def _setting(report: Report, evaluations: Sequence[Evaluation]) -> None:
-    names = ("directory", "sampled by", "temperature", "top_p", "token limit", "code", "hardware", "date")
+    names = ("directory", "sampled by", "samples at once", "temperature", "top_p", "token limit", "code", "hardware", "date")
     columns = []
     for evaluation in evaluations:
         about, config = evaluation.about, evaluation.about.get("config", {})
-        hardware = about.get("hardware", {})
+        backend, hardware = about.get("backend", {}), about.get("hardware", {})
         machine = ", ".join(hardware.get("gpus") or []) or f"{hardware.get('cpu')}, {hardware.get('threads')} threads"
         columns.append(
-            (evaluation.path, about.get("backend", {}).get("backend"), config.get("temperature"), config.get("top_p"),
-             config.get("max_new_tokens"), about.get("revision"), machine, str(about.get("time"))[:10])
+            (evaluation.path, backend.get("backend"), backend.get("concurrency"), config.get("temperature"),
+             config.get("top_p"), config.get("max_new_tokens"), about.get("revision"), machine, str(about.get("time"))[:10])
         )  # fmt: skip
     report.table(("", *(evaluation.name for evaluation in evaluations)), list(zip(names, *columns, strict=True)))
 
