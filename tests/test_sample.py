@@ -190,6 +190,22 @@ def test_the_model_invents_problems(model, problems, tmp_path):
     assert rows_of(out, "problems")[:12] == invented
 
 
+def test_samples_are_a_problem_set_again(model, tmp_path):
+    """With what their rewards need, and how often they were solved; invented problems have no answer, so are none."""
+    settings = config(model, "", tmp_path / "out", samples=4, invent=2, reward="auto")
+    settings.data, settings.num_problems = ["gym:chain_sum"], 5
+    run(settings)
+    original = read_problem_set(["gym:chain_sum"], num_problems=5, seed=0)
+    again = read_problem_set([str(tmp_path / "out")], num_problems=1, seed=0)
+    assert sorted(problem.id for problem in again) == sorted(problem.id for problem in original)
+    for problem in original:
+        found = next(one for one in again if one.id == problem.id)
+        assert (found.problem, found.answer, found.reward) == (problem.problem, problem.answer, problem.reward)
+        assert found.metadata["entry"] == problem.metadata["entry"]
+        correct = [row["is_correct"] for row in rows_of(tmp_path / "out") if row["id"] == problem.id]
+        assert found.metadata["pass_rate"] == sum(correct) / 4
+
+
 def test_a_sample_file_is_a_problem_set_only_where_ids_are_unique(problems, tmp_path):
     assert [problem.id for problem in read_problem_set([str(problems)], num_problems=1, seed=0)] == [f"p{n}" for n in range(6)]
     twice = config("nowhere", problems, tmp_path / "out")

@@ -280,6 +280,8 @@ class GRPOConfig(RolloutConfig):
 
     learning_rate: float = 1e-6
     """Peak rate of everything that is not frozen."""
+    pass_rates: tuple[float, float] = (0.0, 1.0)
+    """Of problems in directories of `m1 sample`: those of which this share of the samples was correct, such as 0.1 0.9."""
     refill: float = 1.0
     """A step goes on sampling until problems_per_step groups have differing scores, but at most this many times
     problems_per_step; 1: groups of one score, which teach nothing, are left out and the step is smaller."""

@@ -25,10 +25,11 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Files:
-    """The files that a source names, and which of their rows: "train", "held_out", or (None) all."""
+    """The files that a source names, which of their rows ("train", "held_out", or None: all), and whether they are samples."""
 
     paths: list[Path]
     split: str | None
+    are_samples: bool = False
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether the row is one of those meant."""
@@ -57,7 +58,7 @@ def files_of(source: str) -> Files:
         raise ValueError(f"{name}: expected a file, or a directory that `m1 sample` wrote; this one has no samples")
     if not (path / RUN_RECORD).is_file():
         raise ValueError(f"{name}: `m1 sample` has not finished it; run that command again first")
-    return Files(files, split)
+    return Files(files, split, are_samples=True)
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:

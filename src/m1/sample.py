@@ -248,6 +248,7 @@ def _judge(
             "sample": job.first + completion.index,
             "problem": job.problem.problem,
             "answer": job.problem.answer or None,
+            "reward": job.problem.reward,
             "prompt": job.text,
             "completion": completion.text,
             "extracted": score.answer,
@@ -255,6 +256,8 @@ def _judge(
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.token_ids),
         }
+        if job.problem.reward != "math":  # such a reward may need what else the problem's source said
+            row["metadata"] = job.problem.metadata
         if config.token_ids or config.log_probs:
             row["token_ids"] = completion.token_ids
         if config.log_probs:

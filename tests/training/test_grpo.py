@@ -10,7 +10,7 @@ from m1.modeling import SequenceLayout
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.training.groups import group_advantages
-from m1.training.grpo import GRPOStage, Rollout, grpo, pack_rollouts
+from m1.training.grpo import GRPOStage, Rollout, grpo, pack_rollouts, within_pass_rates
 from m1.training.loop import _accumulate
 from m1.training.optimizer import select_trainable
 from m1.training.rollouts import EngineSampler, ProblemStream, Sample
@@ -302,6 +302,16 @@ def test_a_run_with_the_engine_resumes_to_the_same_weights(tmp_path):
     assert not torch.equal(models[0].model.norm.weight, make_model().model.norm.weight)
 
 
+def test_problems_can_be_chosen_by_how_often_they_were_solved():
+    rates = [0.0, 0.05, 0.1, 0.5, 0.9, 1.0]
+    problems = [Problem(str(rate), "a", "b", metadata={"pass_rate": rate}) for rate in rates] + [Problem("new", "a", "b")]
+    chosen = within_pass_rates(problems, make_config(pass_rates=(0.1, 0.9)))
+    assert [problem.id for problem in chosen] == ["0.1", "0.5", "0.9", "new"]
+    assert within_pass_rates(problems, make_config()) == problems
+    with pytest.raises(ValueError, match=r"no problem has a share of correct samples within --pass-rates 0.6 0.8"):
+        within_pass_rates(problems[:-1], make_config(pass_rates=(0.6, 0.8)))
+
+
 def test_problems_come_in_seeded_epochs_and_resume():
     stream = ProblemStream(PROBLEMS, seed=1)
     drawn = [problem.id for problem in stream.next_problems(30)]
@@ -320,6 +330,7 @@ def test_problems_come_in_seeded_epochs_and_resume():
     ("fields", "message"),
     [
         ({"samples_per_problem": 1}, "--samples-per-problem: expected at least 2, got 1"),
+        ({"pass_rates": (0.9, 0.1)}, "--pass-rates: expected two shares, the smaller first"),
         ({"refill": 0.5}, "--refill: expected at least 1, got 0.5"),
         ({"overlong_buffer": 4}, "--overlong-buffer: expected at most --max-new-tokens 3, got 4"),
         ({"temperature": 0.0}, "--temperature: expected more than 0"),

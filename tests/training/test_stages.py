@@ -209,7 +209,7 @@ def test_grpo_from_the_command_with_the_engine_and_checked_answers(directories, 
         suffix="",
     )
     grpo_module.run(config)
-    assert "4 problems (0 too long), 2 × 2 = 4 samples of up to 6 tokens a step" in capsys.readouterr().out
+    assert "4 problems (0 too easy, hard or long), 2 × 2 = 4 samples of up to 6 tokens a step" in capsys.readouterr().out
     records = read_metrics(directories / "reinforced" / "metrics.jsonl")
     assert all({"reward", "pass_at_1", "pass_at_k", "truncated", "dropped_groups"} <= record.keys() for record in records)
     assert load_model(directories / "reinforced").config.mixer == "mamba2"

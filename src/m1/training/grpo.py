@@ -230,10 +230,21 @@ def check_settings(config: GRPOConfig) -> None:
     for name, least in (("samples_per_problem", 2), ("updates_per_step", 1), ("refill", 1), ("overlong_buffer", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    if not 0 <= config.pass_rates[0] <= config.pass_rates[1] <= 1:
+        raise ValueError(f"--pass-rates: expected two shares, the smaller first, got {config.pass_rates}")
     if config.overlong_buffer > config.max_new_tokens:
         raise ValueError(
             f"--overlong-buffer: expected at most --max-new-tokens {config.max_new_tokens}, got {config.overlong_buffer}"
         )
+
+
+def within_pass_rates(problems: Sequence[Problem], config: GRPOConfig) -> list[Problem]:
+    """The problems of which a share of samples within `pass_rates` was correct, or that nobody sampled; ValueError if none."""
+    least, most = config.pass_rates
+    kept = [problem for problem in problems if least <= problem.metadata.get("pass_rate", least) <= most]
+    if not kept:
+        raise ValueError(f"data: no problem has a share of correct samples within --pass-rates {least:g} {most:g}")
+    return kept
 
 
 def run(config: GRPOConfig) -> None:
@@ -243,12 +254,14 @@ def run(config: GRPOConfig) -> None:
 
         def read(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Problem], str]:
             problems = read_problem_set(config.data, num_problems=config.num_problems, seed=config.seed, reward=config.reward)
-            kept = with_room(problems, lambda problem: _prompt(problem, tokenizer, config), config)
+            num_read = len(problems)
+            kept = within_pass_rates(problems, config)
+            kept = with_room(kept, lambda problem: _prompt(problem, tokenizer, config), config)
             first_of_each = {problem.reward: problem for problem in kept}
             scorer.score_many(list(first_of_each.values()), [""] * len(first_of_each))  # a reward that is not there says so now
             samples = config.problems_per_step * config.samples_per_problem
             return kept, (
-                f"{len(kept):,} problems ({len(problems) - len(kept):,} too long), {config.problems_per_step} × "
+                f"{len(kept):,} problems ({num_read - len(kept):,} too easy, hard or long), {config.problems_per_step} × "
                 f"{config.samples_per_problem} = {samples:,} samples of up to {config.max_new_tokens:,} tokens a step"
             )
 

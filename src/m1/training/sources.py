@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m1.json_lines import files_of, is_file_name, numbered_lines
+from m1.json_lines import Files, files_of, is_file_name, numbered_lines
 from m1.reasoning.problems import Problem, generate_problems, read_problems
 from m1.reasoning.rewards import require_reward_name
 
@@ -96,6 +96,8 @@ def _rows_of(source: str, num_problems: int, seed: int) -> Iterator[Row]:
 def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, reward: str = "auto") -> list[Problem]:
     """All problems of `sources`, as for `read_rows`, with the reward "auto" (each problem's own) or the one named.
 
+    Problems of a directory of `m1 sample` have their share of correct samples as "pass_rate" in their metadata.
+
     Raises as `read_rows` does, and ValueError for rows without problem and answer, and a `reward` that is no name of one.
     """
     if not sources:
@@ -105,8 +107,7 @@ def read_problem_set(sources: Sequence[str], *, num_problems: int, seed: int, re
         if source.startswith(GYM_PREFIX):
             problems += generate_problems(source.removeprefix(GYM_PREFIX), num_problems, seed)
         elif is_file_name(source):
-            files = files_of(source)
-            problems += [one for path in files.paths for one in read_problems(path) if files.has({"problem": one.problem})]
+            problems += _problems_of(files_of(source))
         else:
             problems += [_problem_of(row) for row in _read_dataset(source)]
     if reward == "auto":
@@ -180,6 +181,21 @@ def _load_dataset(source: str) -> Any:
             f"{source}: no such file, and reading it by its `datasets` name needs that library: pip install 'm1-reasoner[data]'"
         ) from error
     return datasets.load_dataset(name, split=split or "train")
+
+
+def _problems_of(files: Files) -> list[Problem]:
+    if not files.are_samples:
+        return [one for path in files.paths for one in read_problems(path) if files.has({"problem": one.problem})]
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in (row for path in files.paths for row in _read_json_lines(path)):
+        if row.fields.get("answer") is not None and files.has(row.fields):
+            rows.setdefault(row.fields["id"], []).append(row.fields)
+    problems = []
+    for identity, samples in rows.items():
+        checked = [bool(sample["is_correct"]) for sample in samples if sample["is_correct"] is not None]
+        metadata = samples[0].get("metadata", {}) | ({"pass_rate": sum(checked) / len(checked)} if checked else {})
+        problems.append(Problem(identity, samples[0]["problem"], samples[0]["answer"], samples[0]["reward"], metadata))
+    return problems
 
 
 def _problem_of(row: Row) -> Problem:
