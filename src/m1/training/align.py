@@ -130,7 +130,7 @@ def align(
     """
     stage = AlignStage(student, teacher, documents, config)
     select_trainable(student, FROZEN)
-    shard_model(student, precision=config.precision, reshard_after_forward=config.reshard_after_forward, mixers_alone=True)
+    shard_model(student, precision=config.precision, mixers_alone=True)
     return train(student, stage, config, directory=directory, progress=progress, title="align")
 
 

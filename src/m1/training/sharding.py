@@ -35,6 +35,8 @@ def shard_model(
     if precision == "bfloat16":
         in_compute_dtype = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if mixers_alone:
+        reshard_after_forward = False  # a mixer's backward pass follows its forward at once
     for block in model.model.layers:
         for part in [block.token_mixer, block] if mixers_alone else [block]:
             if matrices := _unsharded_matrices(part):
