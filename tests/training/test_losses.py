@@ -43,6 +43,23 @@ def test_cross_entropy():
     assert_same(head_loss(CrossEntropy(targets), (hidden, weight)), expected, hidden, weight)
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_products_with_the_head_run_in_the_autocast_type(is_on):
+    """fp32 states and weights: the logits are bf16's under autocast, of student and teacher."""
+    hidden, weight, teacher, targets = heads()
+    seen = []
+
+    class Looking(Divergence):
+        def __call__(self, logits, teacher, rows, wants_gradient):
+            seen.extend([logits.clone(), teacher.clone()])
+            return super().__call__(logits, teacher, rows, wants_gradient)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+        head_loss(Looking(targets), (hidden, weight), teacher)
+    assert len(seen) > 2
+    assert all(torch.equal(logits, logits.bfloat16().float()) == is_on for logits in seen)
+
+
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
