@@ -264,6 +264,15 @@ def test_wrong_slots_write_nothing(device: str) -> None:
         assert changed.sum() == 2
 
 
+@pytest.mark.gpu
+def test_wrong_indices_on_a_gpu() -> None:
+    """An illegal access would be reported here, when the GPU is waited for, or poison every later test."""
+    for page_size, length in ((16, 1), (16, 5), (128, 1), (128, 5)):
+        test_wrong_pages_and_lengths_stay_inside_memory(page_size, length, "cuda")
+    test_wrong_slots_write_nothing("cuda")
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("num_sequences", [1, 32, 128, 512, 1024])
 @pytest.mark.parametrize(("num_heads", "num_groups", "width"), [(24, 8, 128), (14, 2, 64), (9, 3, 64)])
 @pytest.mark.parametrize("capacity", [16, 2304, 32768])

@@ -128,3 +128,19 @@ def test_bf16_states_are_rounded_once() -> None:
     inputs["ssm_state"] = inputs["ssm_state"].bfloat16()
     inputs["conv_state"] = inputs["conv_state"].contiguous()  # the other layout of a window
     check(inputs, torch.randperm(35, device="cuda")[:33])
+
+
+@pytest.mark.gpu
+def test_wrong_slots_on_a_gpu() -> None:
+    """Far slots, an illegal access if they were followed; also for the convolution's and the scan's own steps."""
+    test_rows_without_a_slot_change_nothing("cuda")
+    inputs = make_inputs(3, (4, 2, 2, 2), 4, True, torch.float32, "cuda")
+    before = {name: inputs[name].clone() for name in ("conv_state", "ssm_state")}
+    slots = torch.tensor([2**40, -(2**40), 10**6], device="cuda")
+    assert (mamba1_step(**inputs, slots=slots) == 0).all()  # type: ignore[arg-type]
+    A, x = -inputs["A_log"].exp(), inputs["x"]
+    rows = {name: inputs[name] for name in ("dt", "B", "C", "z", "D", "dt_bias")}
+    assert (selective_state_update(inputs["ssm_state"], x, A=A, **rows, slots=slots) == 0).all()
+    weight, channels = inputs["conv_weight"], x.flatten(1)
+    assert (causal_conv1d_update(channels, inputs["conv_state"], weight, slots=slots, head_width=2) == 0).all()
+    assert all(torch.equal(inputs[name], states) for name, states in before.items())
