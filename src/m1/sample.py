@@ -21,12 +21,13 @@ from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.sequence import Completion, Request
 from m1.json_lines import BlockWriter
-from m1.modeling.loading import choose_device, inference_dtype, load_config, load_tokenizer
+from m1.modeling.loading import inference_dtype, load_config, load_tokenizer
 from m1.reasoning.answers import extract_answer
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score, Scorer
 from m1.sample_directory import SampleDirectory
 from m1.training.data import prompt_ids, user_prefix
+from m1.training.distributed import local_device
 from m1.training.sources import read_problem_set
 
 FULL_MARKS = 1.0
@@ -113,9 +114,9 @@ def _read_problems(config: SampleConfig) -> list[Problem]:
 
 
 def _load_engine(config: SampleConfig, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Engine:
-    device = choose_device(config.device)
+    device = local_device(config.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)  # where kernels are launched
     longest = max((len(prompt_ids(tokenizer, problem.problem + config.suffix)) for problem in problems), default=0)
     longest = max(longest, 2 * INVENTED_TOKENS if config.invent else 0)
     limit = load_config(config.model).max_position_embeddings

@@ -40,3 +40,12 @@ def threes(problem, completion):
     if "4" in completion:
         raise RuntimeError("no fours")
     return float("3" in completion)
+
+
+def fragile(problem, completion):
+    """Full marks for a text that begins with the answer; dies at an "a", hangs at a "b"."""
+    if completion.startswith("a"):
+        os._exit(3)
+    if completion.startswith("b"):
+        time.sleep(60)
+    return float(completion.startswith(problem["answer"]))

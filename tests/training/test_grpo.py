@@ -1,5 +1,7 @@
 """GRPO: advantages, batches, the toy that it must solve, and the engine as its sampler."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from m1.config import GRPOConfig
 from m1.modeling import SequenceLayout
 from m1.reasoning.problems import Problem
-from m1.reasoning.rewards import Score
+from m1.reasoning.rewards import Score, Scorer
 from m1.training.groups import group_advantages
 from m1.training.grpo import GRPOStage, Rollout, grpo, pack_rollouts, within_pass_rates
 from m1.training.loop import _accumulate
@@ -205,6 +207,17 @@ def _by_sample(batch):
     document = torch.bucketize(batch.packed.target_positions, batch.packed.layout.cu_seqlens[1:], right=True)
     for number in document.unique():
         yield batch.tokens.targets[document == number], batch.tokens.advantages[document == number]
+
+
+@pytest.mark.filterwarnings("ignore:a reward could not be computed")
+def test_rewards_that_die_or_hang_do_not_end_a_run():
+    model, config = make_model(), make_config(steps=2, samples_per_problem=24)
+    problems = [replace(PROBLEMS[0], reward="tests.reasoning.reward_functions:fragile")]
+    with Scorer(time_limit=0.2, num_workers=2) as scorer:
+        result = grpo(model, TOKENIZER, problems, config, sampler=PlainSampler(model), scorer=scorer, progress=False)
+    assert [record["step"] for record in result.metrics] == [1, 2]
+    assert sum(record["failed_rewards"] for record in result.metrics) > 2
+    assert any(record["reward"] > 0 for record in result.metrics)
 
 
 def test_an_accumulated_gradient_is_the_large_batchs():

@@ -1,5 +1,7 @@
 """Chunked losses against naive versions on full logits: values and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +133,29 @@ def test_policy_loss(is_first_update, entropy_weight, kl_weight, temperature):
     assert sums["clipped"] == is_clipped.sum()
     assert (sums["clipped"] > 0) == (not is_first_update)
     assert_same(sums, expected, hidden, weight)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "advantage", "loss", "slope"),
+    [
+        (0.50, 0.60, 2.0, -2.4, -2.4),  # ratio 1.2, inside: -r A, slope -r A
+        (0.50, 0.70, 2.0, -2.56, 0.0),  # ratio 1.4, held at 1.28
+        (0.50, 0.70, -2.0, 2.8, 2.8),  # the clip never hides a loss
+        (0.50, 0.30, -2.0, 1.6, 0.0),  # ratio 0.6, held at 0.8
+        (0.50, 0.30, 2.0, -1.2, -1.2),
+    ],
+)
+@pytest.mark.parametrize(("sampled", "weight"), [(0.5, 1.0), (0.4, 1.25), (0.1, 2.0), (0.8, 0.625)])
+def test_clipping_by_hand(old, new, advantage, loss, slope, sampled, weight):
+    """Two tokens in the vocabulary, the first was drawn; importance weights p_old / p_sampler are capped at 2."""
+    logits = torch.tensor([[new, 1 - new]]).log()
+    tokens = PolicyTokens(*map(torch.tensor, ([0], [advantage], [sampled], [old])))
+    tokens = replace(tokens, sampler_log_probs=tokens.sampler_log_probs.log(), old_log_probs=tokens.old_log_probs.log())
+    sums, gradient = PolicyLoss(tokens, clip_low=0.2, clip_high=0.28, importance_cap=2.0)(logits, None, slice(0, 1), True)
+    assert sums[0].item() == pytest.approx(weight * loss, rel=1e-5)
+    # d log p / d logits = (1 - p, -(1 - p))
+    expected = [weight * slope * (1 - new), -weight * slope * (1 - new)]
+    assert gradient[0].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_only_what_needs_a_gradient_gets_one():
