@@ -171,6 +171,7 @@ def test_ranks_share_the_problems(model, problems, tmp_path, monkeypatch):
 def test_the_model_invents_problems(model, problems, tmp_path):
     assert user_prefix(tiny.byte_tokenizer()) == "<|im_start|>user\n"
     assert user_prefix(word_tokenizer()) == "user "
+    assert user_prefix(tiny.byte_tokenizer(), "Count.") == "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n"
     out = tmp_path / "out"
     settings = config(model, problems, out, invent=12, samples=2, max_new_tokens=6)
     settings.data = []

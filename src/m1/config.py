@@ -65,6 +65,8 @@ class SampleConfig:
     """How many problems to draw from each reasoning-gym generator."""
     invent: int = 0
     """How many problems the model invents itself, from nothing but the beginning of a user's turn. They have no answer."""
+    invent_system: str = ""
+    """System message under which it invents them, to steer them, such as "You solve mathematical problems."; empty for none."""
     samples: int = 4
     """Completions a problem."""
     temperature: float = 1.0

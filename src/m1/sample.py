@@ -139,7 +139,7 @@ def _invent(
     ids = [directory.invented_id(number) for number in range(rank, config.invent, num_ranks)]
     if not ids:
         return []
-    prefix = tokenizer(user_prefix(tokenizer), add_special_tokens=False)["input_ids"]
+    prefix = tokenizer(user_prefix(tokenizer, config.invent_system), add_special_tokens=False)["input_ids"]
     known = directory.inventions()
     jobs = [Job(Problem(id_, "", ""), "", prefix, 0, 1) for id_ in ids if id_ not in known]
     with (

@@ -76,10 +76,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def user_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+def user_prefix(tokenizer: PreTrainedTokenizerBase, system: str = "") -> str:
     """The beginning of a conversation up to where the user's words stand. The tokenizer must have a chat template."""
     mark = "\x00user\x00"
-    return _render(tokenizer, [{"role": "user", "content": mark}], add_generation_prompt=False).partition(mark)[0]
+    messages = [{"role": "system", "content": system}] if system else []
+    rendered = _render(tokenizer, [*messages, {"role": "user", "content": mark}], add_generation_prompt=False)
+    return rendered.partition(mark)[0]
 
 
 class SegmentEncoder:
