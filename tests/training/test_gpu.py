@@ -1,4 +1,4 @@
-"""The stages on a GPU: the same losses as on the CPU, and GRPO with the engine."""
+"""The stages on a GPU: the same losses as on the CPU, and sampling with the engine."""
 
 import contextlib
 import copy
@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from m1.config import AlignConfig, DistillConfig, GRPOConfig, SFTConfig
+from m1.config import AlignConfig, DistillConfig, GRPOConfig, OnPolicyConfig, SFTConfig
 from m1.training.align import align
 from m1.training.distill import distill
 from m1.training.grpo import grpo
+from m1.training.on_policy import distill_on_policy
+from m1.training.select import select
 from m1.training.sft import sft
 from tests.training import ranks, tiny
 from tests.training.test_grpo import PROBLEMS, TOKENIZER, RewardExactly, make_config, make_model
@@ -71,3 +73,47 @@ def test_a_divided_model_trains_as_a_whole_one(stage, precision, monkeypatch):
         for name, value in place.items():
             monkeypatch.setenv(name, str(value))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if precision == "float32" else 1e-3)
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_on_policy_with_the_engine(mixer):
+    student = tiny.model(mixer, attention=(2,), layers=3)
+    teacher = tiny.teacher_of(student).to("cuda")
+    config = OnPolicyConfig(
+        steps=15,
+        problems_per_step=4,
+        samples_per_problem=4,
+        max_new_tokens=6,
+        max_length=20,
+        tokens_per_batch=60,
+        learning_rate=1e-2,
+        mixer_learning_rate=1e-2,
+        precision="float32",
+    )
+    result = distill_on_policy(student.to("cuda"), teacher, None, ranks.PROMPTS, config, progress=False)
+    assert result.last["kl"] < 0.4 * result.metrics[0]["kl"]
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_a_cached_teacher_is_the_cpus(kl, tmp_path):
+    student = tiny.model("mamba2")
+    teacher, documents = tiny.teacher_of(student), tiny.documents(8)
+    losses = []
+    for device in ("cpu", "cuda"):
+        source = ranks.cached(copy.deepcopy(teacher).to(device), tmp_path / device)
+        config = DistillConfig(**SIZES, kl=kl, ce_weight=0.2)
+        result = distill(copy.deepcopy(student).to(device), source, documents, config, progress=False)
+        losses.append([record["loss"] for record in result.metrics])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_selection_is_the_cpus():
+    student = tiny.model("mamba2", attention=(), layers=4)
+    teacher, documents = tiny.teacher_of(student), tiny.documents(6)
+    found = []
+    for device in ("cpu", "cuda"):
+        mine, other = copy.deepcopy(student).to(device), copy.deepcopy(teacher).to(device)
+        found.append(select(mine, other, documents, 2, tokens_per_batch=40, precision="float32", progress=False))
+    assert found[1].ranking == found[0].ranking
+    for one, other in zip(*(selection.rounds for selection in found), strict=True):
+        assert other.kl_of_layer == pytest.approx(one.kl_of_layer, rel=1e-3)
