@@ -1,7 +1,8 @@
 """Training throughput: tokens a second, share of the matrix-product limit, and peak memory of each stage.
 
     python benchmarks/training.py                                 # table; JSON into results/training.json
-    python benchmarks/training.py --sizes 135m --stages distill   # some of the cases
+    python benchmarks/training.py --reduced                       # distillation alone, about a minute
+    python benchmarks/training.py --sizes 3b --stages distill     # some of the cases
     torchrun --nproc-per-node 4 benchmarks/training.py            # the same on 4 GPUs, weights divided by FSDP2
 
 Models have the dimensions of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-3B with random weights, every fourth layer attention.
@@ -222,13 +223,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["135m", "0.5b"])
     parser.add_argument("--mixers", nargs="+", choices=["mamba1", "mamba2"], default=["mamba1", "mamba2"])
     parser.add_argument("--stages", nargs="+", choices=["align", "distill", "sft"], default=["align", "distill", "sft"])
+    parser.add_argument("--reduced", action="store_true", help="distillation alone, three timed steps a case")
     parser.add_argument("--steps", type=int, default=6, help="timed steps a case, after two")
     parser.add_argument("--batches", type=int, default=1, help="micro-batches a step and rank")
     parser.add_argument("--tokens-per-batch", type=int, help="instead of each size's own")
     parser.add_argument("--profile", action="store_true", help="which kernels take the time")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", default="results/training.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.reduced:
+        options.stages, options.steps = ["distill"], 3
+    return options
 
 
 def main() -> None:

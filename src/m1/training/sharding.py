@@ -10,11 +10,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from m1.modeling import M1ForCausalLM
-from m1.training.distributed import is_distributed
+from m1.training.distributed import is_distributed, num_ranks
 
 # Linear layers whose weight a mixer takes without calling them: gathered with the block, in float32.
 _NEVER_CALLED = ("dt_proj",)
@@ -31,6 +32,7 @@ def shard_model(
     """
     if not is_distributed() or isinstance(model, FSDPModule):
         return
+    mesh = init_device_mesh(model.device.type, (num_ranks(),))  # named, so that a CPU run on a host with GPUs stays there
     in_compute_dtype = MixedPrecisionPolicy()
     if precision == "bfloat16":
         in_compute_dtype = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -40,10 +42,10 @@ def shard_model(
     for block in model.model.layers:
         for part in [block.token_mixer, block] if mixers_alone else [block]:
             if matrices := _unsharded_matrices(part):
-                fully_shard(matrices, mp_policy=in_compute_dtype, reshard_after_forward=reshard_after_forward)
-            fully_shard(part, mp_policy=in_float32, reshard_after_forward=reshard_after_forward)
+                fully_shard(matrices, mesh=mesh, mp_policy=in_compute_dtype, reshard_after_forward=reshard_after_forward)
+            fully_shard(part, mesh=mesh, mp_policy=in_float32, reshard_after_forward=reshard_after_forward)
     # The root keeps embeddings and head gathered until the backward pass: the loss takes the head's weight after the forward.
-    fully_shard(model, mp_policy=in_float32, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=in_float32, reshard_after_forward=False)
     register_fsdp_forward_method(model, "packed_states")
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)  # losses are divided by the targets of all ranks: their gradients add up
