@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, help="steps launched before one is read")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", default="results/engine.json")
+    parser.add_argument("--revision", default="", help="if this directory is no git repository")
     parser.add_argument("--append", action="store_true", help="to what the file holds, instead of anew")
     arguments = parser.parse_args()
     results, models = [], {}
@@ -280,7 +281,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "revision": git_revision(),
+        "revision": arguments.revision or git_revision(),
         "hardware": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
         "results": results,
