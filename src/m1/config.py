@@ -258,6 +258,8 @@ class RolloutConfig(TrainConfig):
     """Longest completion."""
     temperature: float = 1.0
     """Sampling temperature."""
+    keep_sampler: bool = False
+    """Keep the sampler's states and captured steps on the device while training: no time to make them anew, more memory."""
 
 
 @dataclass(kw_only=True)

@@ -257,12 +257,12 @@ def test_the_reference_stays_behind():
 
 
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_engine_samples_from_the_model_being_trained(mixer, precision):
+@pytest.mark.parametrize(("precision", "keeps_memory"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_the_engine_samples_from_the_model_being_trained(mixer, precision, keeps_memory):
     model = make_model(mixer)
     select_trainable(model, [])
     prompts = [[1, 2], [4], [5, 6, 7]]
-    sampler = EngineSampler(model, TOKENIZER, precision=precision, max_length=12)
+    sampler = EngineSampler(model, TOKENIZER, precision=precision, max_length=12, keeps_memory=keeps_memory)
     stage = make_stage(model, make_config(precision=precision), sampler=sampler)
     options = {"num_samples": 4, "max_new_tokens": 5, "temperature": 0.8, "seeds": [3, 4, 5]}
     stage.config.temperature = 0.8

@@ -219,7 +219,9 @@ def grpo(
         scorer = owned.enter_context(Scorer()) if scorer is None else scorer
         if sampler is None:
             longest = max(len(_prompt(problem, tokenizer, config)) for problem in problems) + config.max_new_tokens
-            sampler = EngineSampler(model, tokenizer, precision=config.precision, max_length=longest)
+            sampler = EngineSampler(
+                model, tokenizer, precision=config.precision, max_length=longest, keeps_memory=config.keep_sampler
+            )
         stage = GRPOStage(model, tokenizer, problems, config, sampler=sampler, scorer=scorer)
         return train(model, stage, config, directory=directory, progress=progress, title="grpo")
 

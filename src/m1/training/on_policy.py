@@ -138,7 +138,9 @@ def distill_on_policy(
     select_trainable(student, config.frozen)
     if sampler is None:
         longest = max(map(len, prompts)) + config.max_new_tokens
-        sampler = EngineSampler(student, tokenizer, precision=config.precision, max_length=longest)
+        sampler = EngineSampler(
+            student, tokenizer, precision=config.precision, max_length=longest, keeps_memory=config.keep_sampler
+        )
     stage = OnPolicyStage(student, teacher, prompts, config, sampler=sampler)
     return train(student, stage, config, directory=directory, progress=progress, title="on-policy")
 

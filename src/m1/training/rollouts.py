@@ -58,13 +58,20 @@ class EngineSampler:
 
     precision: "float32" or "bfloat16", the sampler's. max_length: tokens of the longest prompt with its completion. With a
     process group it must be made before the model is divided: each rank then samples from a whole copy of its own, which takes
-    the trained weights before every call, from device to device.
+    the trained weights before every call, from device to device. keeps_memory: states, pages and captured steps stay on the
+    device between calls.
     """
 
     def __init__(
-        self, model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase | None, *, precision: str, max_length: int
+        self,
+        model: M1ForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        precision: str,
+        max_length: int,
+        keeps_memory: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.keeps_memory = model, tokenizer, keeps_memory
         self.dtype, self.max_length = getattr(torch, precision), max_length
         self._copy = sampling_copy(model, self.dtype) if is_distributed() else None
         self._engine: Engine | None = None  # made at the first call, when the trainer's own memory is taken
@@ -88,7 +95,8 @@ class EngineSampler:
             engine.update_weights(full_parameters(self.model) if self._copy is not None else None)
             completions = engine.generate(list(prompts), params)
         finally:
-            engine.sleep()  # its states and pages are the trainer's memory until the next call
+            if not self.keeps_memory:
+                engine.sleep()  # its states and pages are the trainer's memory until the next call
             self.model.train(was_training)
         return [
             [Sample(one.token_ids, one.logprobs, one.text, one.finish_reason == "length") for one in of_prompt]
