@@ -197,7 +197,7 @@ def run_random_events(sizes: Sizes, seed: int, num_events: int) -> House:
     return house
 
 
-@pytest.mark.parametrize("num_steps_ahead", [0, 1, 3])
+@pytest.mark.parametrize("num_steps_ahead", [0, 2])
 @pytest.mark.parametrize(("has_state", "has_pages"), PARTS.values(), ids=PARTS)
 def test_ten_thousand_random_events(has_state, has_pages, num_steps_ahead):
     preemptions = prefix_tokens = 0
