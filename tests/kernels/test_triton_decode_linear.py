@@ -12,7 +12,6 @@ from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
 pytest.importorskip("triton")
 from m1.kernels.decode_linear import triton_impl as kernel
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float32: REL_RMS_KERNEL_FP32, torch.bfloat16: REL_RMS[torch.bfloat16]}
 
 
@@ -36,15 +35,25 @@ def swiglu_of(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("num_tokens", "num_outputs", "width"), [(1, 70, 72), (3, 16, 256), (17, 130, 96), (40, 64, 64)])
 def test_products(num_tokens, num_outputs, width, splits, dtype, device):
     """Sizes that fill no tile, splits of which the last is short or has nothing, with and without bias; twice, for the
     counters must be zero again."""
+    check_products(num_tokens, num_outputs, width, kernel.ProductConfig(64, 32, splits, num_ahead=128), dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [None, kernel.ProductConfig(64, 64, 5, 4, 3, 512), kernel.ProductConfig(128, 64, 1, 8, 3)])
+def test_products_at_model_sizes(config, dtype):
+    for num_tokens in (1, 33, 128):
+        check_products(num_tokens, 1030, 3072, config, dtype, "cuda")
+
+
+def check_products(num_tokens, num_outputs, width, config, dtype, device):
     x, weight, bias = make_inputs(num_tokens, num_outputs, width, dtype, device)
-    config = kernel.ProductConfig(64, 32, splits, num_ahead=128)
     for own in (None, bias):
         wide = F.linear(x.double(), weight.double(), None if own is None else own.double())
         for _ in range(2):

@@ -8,7 +8,6 @@ from m1.kernels.decode_rows import advance_rows, gather_rows, reference
 pytest.importorskip("triton")
 from m1.kernels.decode_rows import triton_impl as kernel
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NUM_SLOTS, NUM_PAGES, PAGE_SIZE = 23, 300, 16
 
 
@@ -24,7 +23,6 @@ def make_inputs(device: str, has_pages: bool = True) -> tuple[torch.Tensor, ...]
     return tuple(None if t is None else t.to(device) for t in found)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("has_pages", "width"), [(True, NUM_PAGES), (True, 280), (False, 1)])
 def test_gathered_rows(has_pages, width, device):
     inputs = make_inputs(device, has_pages)
@@ -45,7 +43,6 @@ def test_gathered_rows(has_pages, width, device):
             assert torch.equal(mine, expected), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_rows_move_on_and_scratch_stays(device):
     integers, _, _, slots, _ = make_inputs(device)
     scratch = NUM_SLOTS - 1
@@ -60,6 +57,13 @@ def test_rows_move_on_and_scratch_stays(device):
     real = slots[:-5]
     assert torch.equal(mine[1, real], before[1, real] + 1)
     assert torch.equal(mine[0, real], tokens[:-5])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    for has_pages, width in ((True, NUM_PAGES), (True, 280), (False, 1)):
+        test_gathered_rows(has_pages, width, "cuda")
+    test_rows_move_on_and_scratch_stays("cuda")
 
 
 def test_bad_arguments_are_named():
