@@ -1,11 +1,12 @@
 """Generation speed of the engine on one GPU, with random weights of known dimensions.
 
     python benchmarks/engine.py                                    # every case in full; JSON into results/engine.json
-    python benchmarks/engine.py --cases m1-3b/32/2048 --measures steps
+    python benchmarks/engine.py --cases m1-3b/32/2048@steps,run m1-3b+fp8/32/2048
     python benchmarks/engine_cpu.py                                # on a CPU, against transformers' generate
 
 A case is model/sequences/new tokens: so many prompts of 256 random tokens at once, end tokens ignored, temperature 0.7; tokens
-a second count from the first prompt to the last token, prefill included. "reasoner" instead of a number of tokens draws them
+a second count from the first prompt to the last token, prefill included. "+fp8" after the model: fp8 weights, fp8 keys and
+values, bf16 states. "@" names the measures, all of them otherwise. "reasoner" instead of a number of tokens draws them
 as a reasoner's (log-normal, mean 283, at most 512), 16 samples a prompt of 100 tokens, more requests than run at once.
 
 Measures, of which the last is what counts and the others say why:
@@ -26,7 +27,7 @@ import platform
 import random
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,16 @@ from m1.storage import git_revision, write_json
 
 CASES = [
     "m1-3b/32/2048",
-    "m1-3b/128/4096",
     "m1-3b/512/2048",
-    "m1-3b/128/16384",
-    "llama-3b/32/2048",
-    "llama-3b/128/4096",
-    "llama-3b/512/2048",
+    "m1-3b/128/4096",
+    "m1-3b/128/16384@steps,prefill",
+    "m1-3b+fp8/32/2048",
+    "m1-3b+fp8/512/2048",
+    "m1-3b+fp8/128/4096",
     "m1-0.5b/1024/reasoner",
+    "llama-3b/32/2048",
+    "llama-3b/128/4096@steps,prefill",
+    "llama-3b/512/2048@steps,prefill",
 ]
 MEASURES = ["steps", "prefill", "profile", "run"]
 PROMPT = 256
@@ -57,20 +61,45 @@ PAGE_SIZE = 64
 REASONER = {"prompt": 100, "samples": 16, "mean": 283, "longest": 512, "rounds": 3}
 
 
-def longest_of(tokens: str) -> int:
-    return REASONER["prompt"] + REASONER["longest"] if tokens == "reasoner" else PROMPT + int(tokens)
+@dataclass(frozen=True)
+class Case:
+    """model: a name of engine_models.MODELS; count: sequences at once; tokens: new ones of each, None for a reasoner's."""
+
+    text: str
+    model: str
+    is_fp8: bool
+    count: int
+    tokens: int | None
+    measures: list[str]
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        name, _, measures = text.partition("@")
+        model, count, tokens = name.split("/")
+        return cls(
+            text=name,
+            model=model.removesuffix("+fp8"),
+            is_fp8=model.endswith("+fp8"),
+            count=int(count),
+            tokens=None if tokens == "reasoner" else int(tokens),
+            measures=measures.split(",") if measures else MEASURES,
+        )
+
+    @property
+    def longest(self) -> int:
+        return REASONER["prompt"] + REASONER["longest"] if self.tokens is None else PROMPT + self.tokens
 
 
-def make_engine(model: M1ForCausalLM, num_sequences: int, longest: int, arguments: argparse.Namespace) -> Engine:
+def make_engine(model: M1ForCausalLM, case: Case, arguments: argparse.Namespace) -> Engine:
     return Engine(
         model,
-        max_num_seqs=num_sequences,
-        max_model_len=longest,
+        max_num_seqs=case.count,
+        max_model_len=case.longest,
         page_size=PAGE_SIZE,
         max_num_batched_tokens=arguments.budget,
         enable_prefix_caching=False,
-        state_dtype=torch.bfloat16 if arguments.fp8 else torch.float32,
-        kv_cache_dtype="fp8" if arguments.fp8 else "auto",
+        state_dtype=torch.bfloat16 if case.is_fp8 else torch.float32,
+        kv_cache_dtype="fp8" if case.is_fp8 else "auto",
         enforce_eager=arguments.eager,
         num_steps_ahead=arguments.ahead,
     )
@@ -113,7 +142,7 @@ def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: 
     return begin.elapsed_time(end) / 1000 / num_steps
 
 
-def measure_steps(engine: Engine, num_sequences: int, longest: int, is_fp8: bool) -> list[dict[str, Any]]:
+def measure_steps(engine: Engine, case: Case) -> list[dict[str, Any]]:
     assert engine.runner.state is not None
     for stack in (*engine.runner.state.slot_stacks, *engine.runner.state.page_stacks):
         for layer in stack:
@@ -122,14 +151,14 @@ def measure_steps(engine: Engine, num_sequences: int, longest: int, is_fp8: bool
             else:
                 layer.normal_(0, 0.5)
     found = []
-    for context in sorted({PROMPT, (PROMPT + longest) // 2, longest - 64}):
-        cost = step_cost(engine.model, num_sequences, context, is_fp8)
-        seconds = decode_seconds(engine, num_sequences, context)
+    for context in sorted({PROMPT, (PROMPT + case.longest) // 2, case.longest - 64}):
+        cost = step_cost(engine.model, case.count, context, case.is_fp8)
+        seconds = decode_seconds(engine, case.count, context)
         found.append(
             {"context": context, "milliseconds": 1000 * seconds, "limit_milliseconds": 1000 * cost.seconds} | asdict(cost)
         )
         print(
-            f"  context {context:6}: {1000 * seconds:7.3f} ms, {num_sequences / seconds:9,.0f} tokens/s; limit "
+            f"  context {context:6}: {1000 * seconds:7.3f} ms, {case.count / seconds:9,.0f} tokens/s; limit "
             f"{1000 * cost.seconds:6.3f} ms ({cost.seconds / seconds:.0%} reached)",
             flush=True,
         )
@@ -139,20 +168,19 @@ def measure_steps(engine: Engine, num_sequences: int, longest: int, is_fp8: bool
 # The engine
 
 
-def requests_of(case: str, vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
+def requests_of(case: Case, vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
     """Prompts and what is asked of them. The reasoner's lengths are one to a request: samples of a prompt share them."""
-    _, count, tokens = case.split("/")
     rng = random.Random(0)
 
     def prompt(length: int) -> list[int]:
         return [rng.randrange(1, vocab_size) for _ in range(length)]
 
-    if tokens != "reasoner":
-        params = SamplingParams(temperature=0.7, max_tokens=int(tokens), ignore_eos=True, seed=0)
-        return [(prompt(PROMPT), params) for _ in range(int(count))]
+    if case.tokens is not None:
+        params = SamplingParams(temperature=0.7, max_tokens=case.tokens, ignore_eos=True, seed=0)
+        return [(prompt(PROMPT), params) for _ in range(case.count)]
     sigma = 0.5
     requests = []
-    for index in range(REASONER["rounds"] * int(count) // REASONER["samples"]):
+    for index in range(REASONER["rounds"] * case.count // REASONER["samples"]):
         length = round(rng.lognormvariate(math.log(REASONER["mean"]) - sigma**2 / 2, sigma))
         limit = max(16, min(REASONER["longest"], length))
         params = SamplingParams(n=REASONER["samples"], temperature=0.7, max_tokens=limit, ignore_eos=True, seed=index)
@@ -160,7 +188,7 @@ def requests_of(case: str, vocab_size: int) -> list[tuple[list[int], SamplingPar
     return requests
 
 
-def submit_all(engine: Engine, case: str) -> int:
+def submit_all(engine: Engine, case: Case) -> int:
     total = 0
     for prompt, params in requests_of(case, engine.model.config.vocab_size):
         engine.submit(prompt, params)
@@ -168,31 +196,31 @@ def submit_all(engine: Engine, case: str) -> int:
     return total
 
 
-def measure_prefill(engine: Engine, case: str) -> dict[str, Any]:
-    """Seconds for all prompts and one token each; the second time, when kernels are compiled."""
-    requests = requests_of(case, engine.model.config.vocab_size)
-    prompts = [prompt for prompt, _ in requests]
-    for _ in range(2):
-        start = time.perf_counter()
-        engine.generate(prompts, SamplingParams(temperature=0.7, max_tokens=1, ignore_eos=True, seed=0))
-        seconds = time.perf_counter() - start
+def measure_prefill(engine: Engine, case: Case) -> dict[str, Any]:
+    """Seconds for all prompts and one token each, once kernels are compiled."""
+    prompts = [prompt for prompt, _ in requests_of(case, engine.model.config.vocab_size)]
+    params = SamplingParams(temperature=0.7, max_tokens=1, ignore_eos=True, seed=0)
+    engine.generate(prompts[:64], params)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    engine.generate(prompts, params)
+    seconds = time.perf_counter() - start
     count = sum(map(len, prompts))
     print(f"  prefill: {count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s", flush=True)
     return {"tokens": count, "seconds": seconds}
 
 
-def estimate(case: str, result: dict[str, Any]) -> float | None:
+def estimate(case: Case, result: dict[str, Any]) -> float | None:
     """Tokens a second from prefill and steps, when all sequences run at once; None where they don't."""
-    _, count, tokens = case.split("/")
     steps = [step for step in result.get("steps", []) if not math.isnan(step["milliseconds"])]
-    if tokens == "reasoner" or "prefill" not in result or len(steps) < 2 or len(steps) < len(result["steps"]):
+    if case.tokens is None or "prefill" not in result or len(steps) < 2 or len(steps) < len(result["steps"]):
         return None
-    contexts = np.arange(PROMPT, PROMPT + int(tokens))
+    contexts = np.arange(PROMPT, PROMPT + case.tokens)
     times = np.interp(contexts, [step["context"] for step in steps], [step["milliseconds"] / 1000 for step in steps])
-    return int(count) * int(tokens) / (result["prefill"]["seconds"] + times.sum())
+    return case.count * case.tokens / (result["prefill"]["seconds"] + times.sum())
 
 
-def measure_profile(engine: Engine, case: str) -> dict[str, Any]:
+def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
     """In the middle of the case: once every place is taken, some steps on."""
     submit_all(engine, case)
     num_places = engine.capacity.max_num_seqs
@@ -206,7 +234,7 @@ def measure_profile(engine: Engine, case: str) -> dict[str, Any]:
     return asdict(found)
 
 
-def measure_run(engine: Engine, case: str) -> dict[str, Any]:
+def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, start = engine.metrics, time.perf_counter()
@@ -237,12 +265,29 @@ def measure_run(engine: Engine, case: str) -> dict[str, Any]:
     return found
 
 
+def measure(case: Case, model: M1ForCausalLM, arguments: argparse.Namespace) -> dict[str, Any]:
+    print(case.text, flush=True)
+    engine = make_engine(model, case, arguments)
+    result: dict[str, Any] = {"case": case.text}
+    if "steps" in case.measures:
+        result["steps"] = measure_steps(engine, case)
+    if "prefill" in case.measures:
+        result["prefill"] = measure_prefill(engine, case)
+    if (found := estimate(case, result)) is not None:
+        result["estimated_tokens_per_second"] = found
+        print(f"  estimate: {found:,.0f} tokens/s", flush=True)
+    if "profile" in case.measures:
+        result["profile"] = measure_profile(engine, case)
+    if "run" in case.measures:
+        result["run"] = measure_run(engine, case)
+    engine.sleep()
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, help="model/sequences/new tokens or reasoner")
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL[+fp8]/SEQUENCES/TOKENS[@MEASURE,…]")
     parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1")
-    parser.add_argument("--fp8", action="store_true", help="fp8 weights, fp8 keys and values, bf16 states")
     parser.add_argument("--budget", type=int, help="max_num_batched_tokens")
     parser.add_argument("--ahead", type=int, help="steps launched before one is read")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
@@ -250,46 +295,25 @@ def main() -> None:
     parser.add_argument("--revision", default="", help="if this directory is no git repository")
     parser.add_argument("--append", action="store_true", help="to what the file holds, instead of anew")
     arguments = parser.parse_args()
-    results, models = [], {}
-    for case in arguments.cases:
-        name, count, tokens = case.split("/")
-        if name not in models:
-            models.clear()
-            models[name] = random_model(name, arguments.mixer, arguments.fp8)
-            torch.cuda.empty_cache()
-        print(case, flush=True)
-        longest = longest_of(tokens)
-        engine = make_engine(models[name], int(count), longest, arguments)
-        result: dict[str, Any] = {
-            "case": case,
-            "mode": "fp8 weights, fp8 keys and values, bf16 states" if arguments.fp8 else "bf16",
-        }
-        if "steps" in arguments.measures:
-            result["steps"] = measure_steps(engine, int(count), longest, arguments.fp8)
-        if "prefill" in arguments.measures:
-            result["prefill"] = measure_prefill(engine, case)
-        if (found := estimate(case, result)) is not None:
-            result["estimated_tokens_per_second"] = found
-            print(f"  estimate: {found:,.0f} tokens/s", flush=True)
-        if "profile" in arguments.measures:
-            result["profile"] = measure_profile(engine, case)
-        if "run" in arguments.measures:
-            result["run"] = measure_run(engine, case)
-        results.append(result)
-        engine.sleep()
-        del engine
-        torch.cuda.empty_cache()
-    record = {
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(out.read_text())["records"] if arguments.append and out.exists() else []
+    record: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "revision": arguments.revision or git_revision(),
         "hardware": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
-        "results": results,
+        "results": [],
     }
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    records = json.loads(out.read_text())["records"] if arguments.append and out.exists() else []
-    write_json(out, {"records": [*records, record]})
+    models: dict[tuple[str, bool], M1ForCausalLM] = {}
+    for case in map(Case.parse, arguments.cases):
+        key = case.model, case.is_fp8
+        if key not in models:
+            models.clear()
+            models[key] = random_model(case.model, arguments.mixer, case.is_fp8)
+        torch.cuda.empty_cache()
+        record["results"].append(measure(case, models[key], arguments))
+        write_json(out, {"records": [*earlier, record]})  # after each case: what was measured outlives an interrupt
     print(f"written to {out}")
 
 

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-from engine import requests_of
+from engine import Case, requests_of
 
 from m1.engine import Engine
 from m1.modeling import M1Config, M1ForCausalLM
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time goes")
     arguments = parser.parse_args()
     engine = hollow_engine(arguments.sequences, 1024)
-    for prompt, params in requests_of(f"host/{arguments.sequences}/reasoner", 1000):
+    for prompt, params in requests_of(Case.parse(f"host/{arguments.sequences}/reasoner"), 1000):
         engine.submit(prompt, params)
     seconds = []
     recorder = cProfile.Profile()
