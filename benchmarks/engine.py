@@ -14,7 +14,8 @@ Measures, of which the last is what counts and the others say why:
     steps    a decode step alone (its graph replayed), at some lengths of context, beside what bytes and operations allow
     prefill  all prompts, with one token each
     profile  20 steps of the running engine: time by class of kernel, and the share of time in which the GPU did nothing
-    run      the whole case
+    run      the whole case, after a short one in which kernels are compiled and graphs captured
+    warm     that short one alone, in little memory: fills Triton's cache, beside whatever else runs
 
 Where a case is not run, "estimate" is its tokens a second from the first two: prefill, and the steps' times between the
 measured lengths drawn as straight lines. It is printed beside a run too, to be judged by it.
@@ -27,7 +28,7 @@ import platform
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def make_engine(model: M1ForCausalLM, case: Case, arguments: argparse.Namespace)
         enable_prefix_caching=False,
         state_dtype=torch.bfloat16 if case.is_fp8 else torch.float32,
         kv_cache_dtype="fp8" if case.is_fp8 else "auto",
+        memory_fraction=0.25 if case.measures == ["warm"] else None,
         enforce_eager=arguments.eager,
         num_steps_ahead=arguments.ahead,
     )
@@ -188,12 +190,25 @@ def requests_of(case: Case, vocab_size: int) -> list[tuple[list[int], SamplingPa
     return requests
 
 
-def submit_all(engine: Engine, case: Case) -> int:
+def submit_all(engine: Engine, case: Case, longest: int | None = None) -> int:
+    """All requests of a case, none longer than `longest`; returns how many tokens they will have."""
     total = 0
     for prompt, params in requests_of(case, engine.model.config.vocab_size):
+        if longest is not None:
+            params = replace(params, max_tokens=min(longest, params.max_tokens))
         engine.submit(prompt, params)
         total += params.n * params.max_tokens
     return total
+
+
+def warm_up(engine: Engine, case: Case) -> None:
+    """Every size of batch that filling and draining the engine meets."""
+    start = time.perf_counter()
+    submit_all(engine, case, longest=24)
+    while engine.has_work:
+        engine.step()
+    torch.cuda.synchronize()
+    print(f"  warm after {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def measure_prefill(engine: Engine, case: Case) -> dict[str, Any]:
@@ -224,6 +239,7 @@ def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
     """In the middle of the case: once every place is taken, some steps on."""
     submit_all(engine, case)
     num_places = engine.capacity.max_num_seqs
+    engine.step()
     while engine.scheduler.num_waiting and engine.scheduler.table.num_sequences < 0.9 * num_places:
         engine.step()
     for _ in range(40):
@@ -276,6 +292,8 @@ def measure(case: Case, model: M1ForCausalLM, arguments: argparse.Namespace) -> 
     if (found := estimate(case, result)) is not None:
         result["estimated_tokens_per_second"] = found
         print(f"  estimate: {found:,.0f} tokens/s", flush=True)
+    if {"profile", "run", "warm"} & set(case.measures):
+        warm_up(engine, case)
     if "profile" in case.measures:
         result["profile"] = measure_profile(engine, case)
     if "run" in case.measures:
