@@ -324,7 +324,7 @@ class SamplingConfig:
     url: str = ""
     """Address of a server that speaks OpenAI's protocol, http://HOST:PORT/v1; the key is taken from OPENAI_API_KEY."""
     concurrency: int = 0
-    """Samples that run at once; 0: as many as the backend finds good. Under a time budget, fewer finish sooner."""
+    """Samples that run at once; 0: as many as the backend finds good, fewer under a time budget, since fewer end sooner."""
     logprobs: bool = True
     """Ask a server for log-probs; only votes weighted by them need these."""
     samples: int = 0

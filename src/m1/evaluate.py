@@ -71,7 +71,8 @@ def run(config: EvalConfig) -> None:
     out = Path(config.out or Path("runs/eval") / task_name(config.model.strip("/").split("/")[-1]))
     require_free(out)
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    evaluation = Evaluation(config, open_backend(config), out, budget, verifier)
+    backend = open_backend(config, has_deadline=budget.seconds is not None)
+    evaluation = Evaluation(config, backend, out, budget, verifier)
     if config.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def run(config: SolveConfig) -> None:
     check(config)
     budget = Budget(config.seconds or None, config.tokens or None)
     verifier = load_verifier(config.vote)
-    backend = open_backend(config)
+    backend = open_backend(config, has_deadline=budget.seconds is not None)
     num_samples = config.samples or (MOST_SAMPLES if budget else DEFAULT_SAMPLES)
     limits = [f"{num_samples} samples"] if config.samples or not budget else []
     limits += [f"{config.seconds:g} s"] * bool(config.seconds) + [f"{config.tokens} tokens"] * bool(config.tokens)

@@ -9,6 +9,8 @@ from m1.config import SamplingConfig, require
 from m1.evaluation.sampling import Generate, Prompt, SampleRequest, Watch
 
 _FINGERPRINT_BYTES = 1 << 20  # read from either end of each weights file
+# Under a deadline samples must end in time: few enough at once that each is nearly as fast as it would be alone.
+_ENGINE_CONCURRENCY_IN_TIME = {"cpu": 8, "cuda": 128}
 _DEFAULT_CONCURRENCY = {"transformers": 16, "server": 16, "vllm": 256}
 
 
@@ -37,8 +39,11 @@ class Backend:
         self.generate([SampleRequest(prompt, self.concurrency if temperature > 0 else 1, params)], Watch())
 
 
-def open_backend(config: SamplingConfig) -> Backend:
-    """The model that `config` names, loaded. Raises ValueError or OSError for what can't be had, naming the option."""
+def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backend:
+    """The model that `config` names, loaded. With a deadline, `concurrency` 0 means fewer samples at once.
+
+    Raises ValueError or OSError for what can't be had, naming the option.
+    """
     require(config, "model")
     if config.concurrency < 0:
         raise ValueError(f"--concurrency: expected at least 0, got {config.concurrency}")
@@ -46,7 +51,10 @@ def open_backend(config: SamplingConfig) -> Backend:
         raise ValueError(f"--url: a server has its own backend; leave out --backend {config.backend}")
     if config.url or config.backend == "server":
         return _open_server(config)
-    opened = {"engine": _open_engine, "transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
+    if config.backend == "engine":
+        opened = _open_engine(config, has_deadline)
+    else:
+        opened = {"transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
     opened.identity = {"model": config.model, "backend": config.backend, "weights": fingerprint(config.model)}
     return opened
 
@@ -66,7 +74,7 @@ def fingerprint(model: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _open_engine(config: SamplingConfig) -> Backend:
+def _open_engine(config: SamplingConfig, has_deadline: bool) -> Backend:
     from m1.backends.engine import engine_backend
     from m1.engine.llm import Engine
     from m1.modeling.loading import choose_device, inference_dtype, load_tokenizer
@@ -74,7 +82,8 @@ def _open_engine(config: SamplingConfig) -> Backend:
     device = choose_device(config.device)
     dtype = inference_dtype(device)
     tokenizer = load_tokenizer(config.model)
-    engine = Engine(config.model, tokenizer, dtype=dtype, device=device, max_num_seqs=config.concurrency or None)
+    concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
+    engine = Engine(config.model, tokenizer, dtype=dtype, device=device, max_num_seqs=concurrency)
     layers = engine.model.config
     capacity = engine.capacity
     return Backend(

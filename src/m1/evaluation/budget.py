@@ -53,7 +53,8 @@ class SampleUntil(Watch):
     """Collects the samples of one problem, in the order in which they finish, until the budget or the vote says stop.
 
     The clock starts when this is made, and is read at least once a step of the sampler, so a run ends within a step of its
-    deadline. `ended_by` says why: "samples" (all there were), "seconds", "tokens", or the adaptive vote's reason.
+    deadline; a sample that ends in that last step is late and left out. `ended_by` says why it ended: "samples" (all there
+    were), "seconds", "tokens", or the adaptive vote's reason.
     """
 
     def __init__(
@@ -82,7 +83,10 @@ class SampleUntil(Watch):
     def on_sample(self, request: int, sample: Sample) -> bool:
         spent = None if sample.tokens_spent is None else sample.tokens_spent + self._rounds_tokens
         self.num_tokens = max(self.num_tokens, spent or 0)
-        self.samples.append(replace(sample, seconds=self.seconds, tokens_spent=spent))
+        seconds = self.seconds
+        if self._ends_at(seconds, self.num_tokens, is_late=True):
+            return True
+        self.samples.append(replace(sample, seconds=seconds, tokens_spent=spent))
         if self._on_progress:
             self._on_progress(self)
         if self.adaptive is not None and self.adaptive.add(extract_answer(sample.text)):
@@ -92,10 +96,13 @@ class SampleUntil(Watch):
 
     def is_over(self, num_tokens: int) -> bool:
         self.num_tokens = self._rounds_tokens + num_tokens
-        if self.budget.seconds is not None and self.seconds >= self.budget.seconds:
-            self.ended_by = "seconds"
-        elif self.budget.tokens is not None and self.num_tokens >= self.budget.tokens:
-            self.ended_by = "tokens"
+        return self._ends_at(self.seconds, self.num_tokens, is_late=False)
+
+    def _ends_at(self, seconds: float, tokens: int, *, is_late: bool) -> bool:
+        """Whether the budget ends the sampling here: at its very end for what is yet to come, after it for what has come."""
+        for name, used, limit in (("seconds", seconds, self.budget.seconds), ("tokens", tokens, self.budget.tokens)):
+            if limit is not None and (used > limit if is_late else used >= limit) and not self.is_ended:
+                self.ended_by = name
         return self.is_ended
 
     def end_round(self) -> None:
