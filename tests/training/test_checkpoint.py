@@ -49,7 +49,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("count", "num_kills", "is_async"), [(1, NUM_KILLS, True), (1, NUM_KILLS // 2, False), (2, NUM_KILLS // 8, True)]
+    ("count", "num_kills", "is_async"), [(1, NUM_KILLS, True), (1, NUM_KILLS // 4, False), (2, NUM_KILLS // 10, True)]
 )
 def test_kills_at_random_moments_change_nothing(tmp_path, uninterrupted, count, num_kills, is_async):
     whole, seconds = uninterrupted[count]

@@ -58,6 +58,7 @@ def test_the_second_run_tokenises_nothing(config, monkeypatch):
 
 
 def test_what_changes_the_documents_is_another_entry(config, tmp_path):
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, ROWS[:20])))
     read(config)
     other = tiny.byte_tokenizer("{{ '>' }}" + tiny.CHATML)
     more = tiny.byte_tokenizer()
@@ -75,7 +76,7 @@ def test_what_changes_the_documents_is_another_entry(config, tmp_path):
     assert len(entries(config)) == 6  # the contents count, not the name
     with (tmp_path / "copy.jsonl").open("a") as file:
         file.write('\n{"prompt": "1+1=", "completion": "3"}')
-    assert len(read(config)[0]) == 1501
+    assert len(read(config)[0]) == 21
     config.data, config.num_problems = ["gym:chain_sum"], 3
     read(config)
     config.seed = 1

@@ -45,6 +45,25 @@ def test_cross_entropy():
     assert_same(head_loss(CrossEntropy(targets), (hidden, weight)), expected, hidden, weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_ce", [True, False])
+def test_logits_overwritten_as_they_are_give_the_same(is_ce, dtype, monkeypatch):
+    """As on a GPU, where the loss works on the chunk's logits themselves, whatever their type."""
+    hidden, weight, teacher, targets = heads()
+    loss = CrossEntropy(targets) if is_ce else Divergence(targets, ce_weight=0.3, counts_agreement=True)
+    found = []
+    for is_in_place in (False, True):
+        monkeypatch.setattr(losses, "_has_kernel", lambda logits, answer=is_in_place: answer)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            sums = head_loss(loss, (hidden, weight), None if is_ce else teacher)
+        found.append((sums, torch.autograd.grad(sums["loss"], (hidden, weight))))
+    (copied, wanted), (overwritten, actual) = found
+    for name, value in copied.items():
+        torch.testing.assert_close(overwritten[name], value)
+    for mine, theirs in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("is_on", [True, False])
 def test_products_with_the_head_run_in_the_autocast_type(is_on):
     """fp32 states and weights: the logits are bf16's under autocast, of student and teacher."""

@@ -2,7 +2,8 @@
 
 A chunk's logits are made, turned into their own gradient in place, and multiplied back into the gradients of the hidden
 states and of the head within the forward pass, so nothing is recomputed: three products with the head a token, as in the
-naive version. Between the two products the softmax arithmetic runs on blocks of rows small enough for a CPU's cache.
+naive version. Between the two products the softmax arithmetic is one kernel on a GPU, for imitation, and runs on blocks of
+rows small enough for its cache on a CPU.
 What is summed per token is said by a `TokenLoss`; the ones for imitation (cross-entropy, KL) live here, GRPO's in
 `policy_loss.py`. Callers select the positions that count before the head and divide by the number of tokens of the step.
 
@@ -97,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
 def _evaluate(token_loss: TokenLoss, logits: Tensor, teacher_logits: Tensor | None, first: int, wants_gradient: bool) -> Tensor:
     """Sums [k] over one chunk; its logits [C, V] are replaced by their gradient if that is wanted."""
     sums = torch.zeros(len(token_loss.names), device=logits.device)
-    is_in_place = logits.is_cuda and token_loss.takes_any_dtype
+    is_in_place = token_loss.takes_any_dtype and _has_kernel(logits)
     for block in _slices(len(logits), _block_rows(logits)):
         mine = logits[block] if is_in_place else logits[block].to(torch.float32, copy=True)
         theirs = teacher_logits[block] if teacher_logits is not None else None
@@ -218,6 +219,11 @@ def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> Head:
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return hidden.detach().to(dtype), weight.detach().to(dtype)
+
+
+def _has_kernel(logits: Tensor) -> bool:
+    """Whether a kernel reads them as they are; a CPU works on copies that stay in its cache."""
+    return logits.is_cuda
 
 
 def _kind(tensor: Tensor) -> str:
