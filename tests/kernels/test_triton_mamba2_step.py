@@ -57,8 +57,16 @@ def check(inputs: dict[str, Any], slots: Tensor | None, config: kernel.StepConfi
     assert torch.equal(inputs["conv_state"].float(), copies["conv_state"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dims", [(6, 2, 5, 3), (2, 2, 2, 4), (3, 1, 3, 17)])
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    [
+        ((6, 2, 5, 3), torch.float32),
+        ((2, 2, 2, 4), torch.float32),
+        ((3, 1, 3, 17), torch.float32),
+        # Not narrower: where a few outputs of a head nearly cancel, its norm magnifies their rounding without limit.
+        ((6, 2, 16, 32), torch.bfloat16),
+    ],
+)
 def test_against_the_single_ops(dims: Dims, dtype: torch.dtype, device: str) -> None:
     slots = torch.tensor([3, 0, 4], device=device)
     check(make_inputs(3, dims, 4, dtype, device), slots)

@@ -11,7 +11,7 @@ from m1.modeling.configuration import LINEAR_ATTENTION
 from m1.modeling.mamba2 import Mamba2Mixer
 from m1.modeling.rotary import RotaryEmbedding
 from m1.modeling.state import ModelState
-from tests.numerics import REL_RMS_KERNEL_FP32, rel_rms
+from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
 
 VARIANTS = {"plain": {}, "gate alone": {"output_norm": False, "conv_activation": None, "mixer_bias": True}}
 VARIANTS["rope and norms"] = {"mixer_rope": True, "qk_norm": True}
@@ -41,6 +41,19 @@ def run(mixer: Mamba2Mixer, x: Tensor, lengths: list[int], upstream: Tensor) -> 
     names = ["x", *(name for name, _ in mixer.named_parameters())]
     gradients = torch.autograd.grad(y, [x, *mixer.parameters()], upstream.to(device))
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_padding_rows_changes_nothing(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, lengths = make_mixer(**options), [20, 1, 9]
+    x, upstream = torch.randn(30, 144), torch.randn(30, 144)
+    expected = run(mixer, x, lengths, upstream)
+    padded_rows = []
+    monkeypatch.setattr(Mamba2Mixer, "is_padding", staticmethod(lambda x: padded_rows.append(len(x)) or True))
+    actual = run(mixer, x, lengths, upstream)
+    assert padded_rows == [30]
+    errors = {name: rel_rms(actual[name], tensor) for name, tensor in expected.items()}
+    assert all(error < REL_RMS[torch.float32] for error in errors.values()), errors
 
 
 @pytest.mark.gpu

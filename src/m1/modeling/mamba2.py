@@ -88,13 +88,18 @@ class Mamba2Mixer(nn.Module):
         """
         widths = [self.splits[0], sum(self.splits[1:4]), self.num_heads]
         padding = -sum(widths) % ROW_ALIGNMENT
-        if not (padding and torch.is_grad_enabled() and x.is_cuda):
+        if not (padding and torch.is_grad_enabled() and self.is_padding(x)):
             z, vkq, dt = self.in_proj(x).split(widths, dim=-1)
             return z, vkq, dt
         bias = None if self.in_proj.bias is None else nn.functional.pad(self.in_proj.bias, (0, padding))
         rows = nn.functional.linear(x, nn.functional.pad(self.in_proj.weight, (0, 0, 0, padding)), bias)
         z, vkq, dt, _ = rows.split([*widths, padding], dim=-1)
         return z, vkq, dt
+
+    @staticmethod
+    def is_padding(x: Tensor) -> bool:
+        """Whether the alignment of rows matters where x is."""
+        return x.is_cuda
 
     def split_heads(self, v: Tensor, k: Tensor, q: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved x, B, C, [T, d_xb], [T, d_xb], [T, d_inner] -> [T, G, P], [T, G, N], [T, H, N], normed and rotated."""

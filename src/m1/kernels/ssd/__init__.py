@@ -106,7 +106,7 @@ def ssd_state_update(
     shape = (num_slots, C.shape[1], x.shape[2], C.shape[2])
     require_tensor("ssm_state", ssm_state, "S H P N", shape, x)
     require_slots(slots, x.shape[0], num_slots, x)
-    implementation = implementation_for(x, __name__)
+    implementation = implementation_for(x, __name__, "ssd_state_update")
     return implementation.ssd_state_update(
         ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, slots=slots
     )

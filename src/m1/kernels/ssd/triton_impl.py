@@ -60,7 +60,6 @@ class SsdConfig(NamedTuple):
     outputs: Tile
     readers: Tile
     writers: Tile
-    is_summing: bool = True
 
     def with_chunk(self, chunk: int) -> "SsdConfig":
         """The same with chunks of `chunk` tokens (a power of 2, at least 16), and no tile longer than one."""
@@ -370,11 +369,11 @@ def _writer_gradients(
     """∂x and ∂B in the shapes of x and B; fills the WRITTEN rows of `sums`."""
     T, (H, P, N) = dy.shape[0], inputs.state_shape
     x_repeat, b_repeat = inputs.repeats
-    # The kernel sums heads that share x and B; where these are not shared alike, each head has a row, summed below.
-    shared = x_repeat if x_repeat == b_repeat and config.is_summing else 1
+    blocks = config.chunk // config.writers.rows  # a chunk
+    # A program sums the heads that share its x and B; where these are not shared alike, each head has a row, summed below.
+    shared = x_repeat if x_repeat == b_repeat else 1
     dx = torch.empty(T, H // shared, P, dtype=inputs.x.dtype, device=dy.device)
     dB = torch.empty(T, H // shared, N, dtype=inputs.B.dtype, device=dy.device)
-    blocks = config.chunk // config.writers.rows  # a chunk
     backward.writer_gradient_kernel[(H // shared, chunks.num_chunks * blocks)](
         inputs.x, inputs.B, inputs.C, inputs.D, dy, decays.delta, decays.log_decay, decays.chunk_decay, q_end,
         dx, dB, sums, chunks.rows, *inputs.strides, *dy.stride()[:2], H, T, blocks, x_repeat, b_repeat, shared,
