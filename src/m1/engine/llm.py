@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,7 @@ from m1.engine import streaming
 from m1.engine.cache import StateCache
 from m1.engine.capacity import plan_capacity
 from m1.engine.fp8 import FP8
+from m1.engine.metrics import Metrics
 from m1.engine.outputs import OutputProcessor
 from m1.engine.prompts import Prompt, RequestFactory
 from m1.engine.runner import ModelRunner
@@ -31,34 +31,14 @@ from m1.engine.sampling_params import SamplingParams
 from m1.engine.scheduler import Batch, Scheduler
 from m1.engine.sequence import Completion, Delta, Request
 from m1.engine.transfer import Download
-from m1.engine.weights import copy_weights, for_sampling, sampling_copy
+from m1.engine.weights import copy_weights, load_for_sampling, sampling_copy
 from m1.modeling.hybrid import M1ForCausalLM
-from m1.modeling.loading import load_config, load_model, load_tokenizer
+from m1.modeling.loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 # Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
 STEPS_AHEAD = {"cpu": 0, "cuda": 2}
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """A look at the engine. Tokens and seconds count from its start; seconds are those spent in steps."""
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_preemptions: int
-    num_prompt_tokens: int  # of requests taken in
-    num_prefix_tokens: int  # of these and of recomputed sequences, what was found in the prefix cache
-    num_generated_tokens: int
-    seconds: float
-    page_use: float  # share of the pages that running sequences hold
-    slot_use: float  # the same of slots
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_generated_tokens / self.seconds if self.seconds else 0.0
 
 
 class Engine:
@@ -108,7 +88,7 @@ class Engine:
         self._source: M1ForCausalLM | None = None  # the trainer's model, if the sampler has a copy of it
         if isinstance(model, (str, Path)):
             tokenizer = tokenizer or load_tokenizer(model)
-            model = _load(model, dtype, device or "cpu", quantization is not None)
+            model = load_for_sampling(model, dtype, device or "cpu", quantization is not None)
         else:
             if device is not None and torch.device(device).type != model.device.type:
                 raise ValueError(f"device: the model is on {model.device}, given {device}; move the model first")
@@ -231,8 +211,8 @@ class Engine:
         return request
 
     def _submit(self, request: Request) -> None:
-        self._num_prompt_tokens += len(request.prompt)
         self._require_open()
+        self._num_prompt_tokens += len(request.prompt)
         self._inbox.append(partial(self.scheduler.add, request))
 
     def abort(self, request: Request) -> None:
@@ -411,15 +391,6 @@ class Engine:
             page_use=1 - self.cache.num_available_pages / num_pages if num_pages else 0.0,
             slot_use=num_running / self.cache.slots.num_slots,
         )
-
-
-def _load(source: str | Path, dtype: torch.dtype | None, device: torch.device | str, is_quantized: bool) -> M1ForCausalLM:
-    """A checkpoint's model in its own dtype, or in another one with the mixers' dynamics as exact as they are stored."""
-    stored = load_config(source).dtype
-    model = load_model(source, dtype=stored if isinstance(stored, torch.dtype) else torch.float32, device=device)
-    if dtype in (None, model.model.embed_tokens.weight.dtype):
-        return for_sampling(model, is_quantized)
-    return sampling_copy(model, dtype, is_quantized)
 
 
 def _eos_ids(model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

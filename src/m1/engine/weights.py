@@ -1,8 +1,9 @@
-"""The sampler's weights: the trainer's own tensors, or a copy in another dtype that follows them. No loading from disk here."""
+"""The sampler's weights: the trainer's own tensors, a copy in another dtype that follows them, or a checkpoint's."""
 
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
 from m1.modeling.hybrid import M1ForCausalLM
+from m1.modeling.loading import load_config, load_model
 
 # Few numbers with exponentials behind them: rounding them would change the dynamics, and the kernels take them in fp32.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", "mixer.D")
@@ -39,6 +41,17 @@ def for_sampling(model: M1ForCausalLM, is_quantized: bool = False) -> M1ForCausa
     elif can_pack(model.model.embed_tokens.weight):
         pack_linears(model)
     return model
+
+
+def load_for_sampling(
+    source: str | Path, dtype: torch.dtype | None, device: torch.device | str, is_quantized: bool = False
+) -> M1ForCausalLM:
+    """A checkpoint's model in its own dtype, or in another one with the mixers' dynamics as exact as they are stored."""
+    stored = load_config(source).dtype
+    model = load_model(source, dtype=stored if isinstance(stored, torch.dtype) else torch.float32, device=device)
+    if dtype in (None, model.model.embed_tokens.weight.dtype):
+        return for_sampling(model, is_quantized)
+    return sampling_copy(model, dtype, is_quantized)
 
 
 def _copy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
