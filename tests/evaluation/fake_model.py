@@ -32,7 +32,7 @@ class FakeModel:
     ) -> None:
         self.answer, self.before_sample, self.leave_out = answer, before_sample, leave_out
         self.calls: list[list[SampleRequest]] = []
-        self.num_finished = self.last_tokens = 0
+        self.num_finished = 0
         self._generator = random.Random(order_seed)
 
     def __call__(self, requests: Sequence[SampleRequest], watch: Watch) -> list[list[Sample]]:
@@ -50,7 +50,6 @@ class FakeModel:
             self.before_sample()
             sample = self.answer(number_of(requests[number]), index)
             num_tokens += sample.num_tokens
-            self.last_tokens = sample.num_tokens
             sample = replace(sample, index=index, tokens_spent=num_tokens)
             samples[number].append(sample)
             self.num_finished += 1

@@ -41,8 +41,7 @@ def test_summary_and_records(tmp_path, scorer, name):
         path, scorer, model, on_record=lambda done, total: seen.append((done, total)), on_step=lambda *now: steps.append(now)
     )
     assert [len(call) for call in model.calls] == [7]
-    assert steps[-1][0] == 27  # asked before the last sample
-    assert steps[-1][1] == 7 * (10 + 11 + 12 + 13) - model.last_tokens
+    assert steps[-1] == (28, 7 * (10 + 11 + 12 + 13))
     assert seen == [(done, 7) for done in range(1, 8)]
     every = {str(k): pytest.approx(0.5) for k in (1, 2)} | {"4": 1.0}
     assert summary.pop("votes").keys() == {"logprob", "tail", "best-logprob", "best-tail"}

@@ -58,12 +58,13 @@ def evaluate(
 
     Each problem gets `num_samples` samples. With `adaptive`, sampling of a problem stops as soon as its vote is decided with
     that confidence (`AdaptiveVote`). With `budget`, each problem is sampled alone, with everything the backend has, until the
-    budget is used up: that is what its recorded times mean something for. `generate` is given `batch_size` problems at once,
-    all of them by default. A `seed` in `params` gives each problem a seed of its own, made of it and the problem's id, so
-    what a problem draws depends neither on the others nor on an interruption. `verifier` scores every sample besides, for the
-    votes weighted by it. `on_record(done, total)` is called after each
-    problem, from a thread that judges while `generate` goes on; `on_step(samples, tokens)` at least after every step, with what
-    has been sampled since the call.
+    budget is used up: only so do its recorded times mean anything. `generate` is given `batch_size` problems at once, all of
+    them by default. A `seed` in `params` gives each problem a seed of its own, made of it and the problem's id, so what a
+    problem draws depends neither on the others nor on an interruption. `verifier` scores every sample besides, for the votes
+    weighted by it.
+
+    `on_record(done, total)` is called after each problem, from a thread that judges while `generate` goes on;
+    `on_step(samples, tokens)` after every step and sample, with what has been sampled since the call.
 
     Raises ValueError for empty input, for records of another run (naming what differs) or of a run still being written, for
     malformed records, and for a `generate` that gives the wrong number of samples.
@@ -214,6 +215,8 @@ class _Counted(Watch):
 
     def on_sample(self, request: int, sample: Sample) -> bool:
         self._totals[0] += 1
+        self._totals[1] = max(self._totals[1], self._tokens_before + (sample.tokens_spent or 0))
+        self._on_step(self._totals[0], self._totals[1])
         return self._watch.on_sample(request, sample)
 
     def is_over(self, num_tokens: int) -> bool:
