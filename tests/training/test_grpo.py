@@ -211,12 +211,12 @@ def _by_sample(batch):
 
 @pytest.mark.filterwarnings("ignore:a reward could not be computed")
 def test_rewards_that_die_or_hang_do_not_end_a_run():
-    model, config = make_model(), make_config(steps=2, samples_per_problem=24)
+    model, config = make_model(), make_config(steps=2, samples_per_problem=8)
     problems = [replace(PROBLEMS[0], reward="tests.reasoning.reward_functions:fragile")]
     with Scorer(time_limit=0.2, num_workers=2) as scorer:
         result = grpo(model, TOKENIZER, problems, config, sampler=PlainSampler(model), scorer=scorer, progress=False)
     assert [record["step"] for record in result.metrics] == [1, 2]
-    assert sum(record["failed_rewards"] for record in result.metrics) > 2
+    assert sum(record["failed_rewards"] for record in result.metrics) > 0
     assert any(record["reward"] > 0 for record in result.metrics)
 
 
