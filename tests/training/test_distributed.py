@@ -104,3 +104,15 @@ def test_each_item_is_one_ranks(monkeypatch):
             shares.append(distributed.share(list(range(size))))
         assert {len(share) for share in shares} == {-(-size // count)}
         assert sorted(item for share in shares for item, counts in share if counts) == list(range(size))
+
+
+def test_a_rank_has_the_gpu_of_its_number_on_the_host(monkeypatch):
+    monkeypatch.setattr(distributed, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert distributed.local_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.local_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, torch sees 2; start one process a GPU"):
+        distributed.local_device("auto")

@@ -23,6 +23,10 @@ from m1.training.distributed import gather, is_first, num_ranks, rank
 from m1.training.sharding import first_row, local
 
 
+# Of the timeout of a step's collectives: writing takes longer than a step, and not equally long on all ranks.
+_PATIENCE = 6
+
+
 class CheckpointWriter:
     """Saves the state of a run into `directory`/step-N, and deletes all but the newest `keep`.
 
@@ -33,7 +37,8 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, *, keep: int, is_async: bool, timeout: float) -> None:
         self.directory, self.keep, self.is_async = directory, max(keep, 1), is_async
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if num_ranks() > 1 else None
+        patience = timedelta(seconds=_PATIENCE * timeout)
+        self._group = dist.new_group(backend="gloo", timeout=patience) if num_ranks() > 1 else None
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
         self._error: Exception | None = None
