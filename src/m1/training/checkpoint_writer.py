@@ -22,7 +22,6 @@ from m1.training.checkpoint import PREFIX, STATE, TrainingState, checksum, list_
 from m1.training.distributed import gather, is_first, num_ranks, rank
 from m1.training.sharding import first_row, local
 
-
 # Of the timeout of a step's collectives: writing takes longer than a step, and not equally long on all ranks.
 _PATIENCE = 6
 
