@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m1.engine import Engine, SamplingParams
-from m1.engine.graphs import PATIENCE, DecodeGraphs, Key, batch_sizes, next_of, table_widths
+from m1.engine.graphs import PATIENCE, PATIENCE_IF_LARGER, DecodeGraphs, Key, batch_sizes, next_of, table_widths
 from m1.engine.runner import ModelRunner
 from tests.engine.models import VARIANTS, random_prompts, tiny_engine, tiny_model
 from tests.numerics import ENGINE_LOGPROBS, REL_RMS, rel_rms
@@ -93,6 +93,9 @@ def test_only_what_comes_often_is_captured():
     assert graphs.choose(20, 16, 0) is None  # 32 rows, and 96 are too many
     assert graphs.choose(400, 16, 20) == Key(512, 16, 20)
     assert graphs.choose(120, 16, 20) is None
+    assert [graphs.choose(70, 16, 0) for _ in range(PATIENCE_IF_LARGER)] == [Key(96, 100, 0)] * (PATIENCE_IF_LARGER - 1) + [
+        Key(96, 16, 0)
+    ]
 
 
 @pytest.mark.gpu
@@ -124,6 +127,7 @@ def test_the_engine_with_graphs_is_the_engine_without(variant, monkeypatch):
     outputs = []
     for options in ({}, {"num_steps_ahead": 0}, {"enforce_eager": True}):
         monkeypatch.setattr("m1.engine.graphs.PATIENCE", 1)
+        monkeypatch.setattr("m1.engine.graphs.PATIENCE_IF_LARGER", 3)
         engine = tiny_engine(tiny_model(variant).to("cuda"), **options)
         outputs.append(engine.generate(prompts, params))
         engine.sleep()

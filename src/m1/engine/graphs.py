@@ -17,7 +17,8 @@ from torch import Tensor
 Decode = Callable[[Tensor, int, int], tuple[Tensor, ...]]  # (slots, width, num_top) -> outputs
 FIRST_WIDTH = 16  # pages
 WIDTH_STEP = 4
-PATIENCE = 8  # steps of a kind before it is captured
+PATIENCE = 8  # steps of a kind that are launched kernel by kernel before it is captured
+PATIENCE_IF_LARGER = 64  # the same where a larger graph serves meanwhile
 
 
 class Key(NamedTuple):
@@ -66,16 +67,16 @@ class DecodeGraphs:
     def choose(self, count: int, width: int, num_top: int) -> Key | None:
         """The graph for `count` rows and tables of `width` pages; None to launch this step's kernels one by one.
 
-        A capture costs as much as some steps, so a size that is only passed by, when the engine fills or drains, is not worth
-        one: its first steps run in a graph that is a little too large, if there is one.
+        A capture costs as much as some ten steps, so a size that is only passed by, when the engine fills or drains, is not
+        worth one: its steps run in a graph that is not more than twice too large, if there is one.
         """
         key = Key(next_of(self.sizes, count), next_of(self.widths, width), num_top)
         if key in self._captured:
             return key
-        self._num_missed[key] += 1
-        if self._num_missed[key] > PATIENCE:
-            return key
         larger = [k for k in self._captured if count <= k.size <= 2 * key.size and k.width >= width and k.num_top == num_top]
+        self._num_missed[key] += 1
+        if self._num_missed[key] > (PATIENCE_IF_LARGER if larger else PATIENCE):
+            return key
         return min(larger, default=None)
 
     def run(self, decode: Decode, key: Key, slots: Tensor) -> tuple[Tensor, ...]:
