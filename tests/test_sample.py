@@ -9,7 +9,7 @@ import torch
 
 from m1 import sample as sample_module
 from m1.config import SampleConfig
-from m1.json_lines import read_blocks
+from m1.json_lines import BlockWriter, read_blocks
 from m1.sample import run
 from m1.storage import read_run_record
 from m1.training.data import make_documents, user_prefix
@@ -140,6 +140,25 @@ def test_what_was_finished_when_interrupted_is_kept(model, problems, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         run(config(model, problems, tmp_path / "out"))
     assert len(keys_of(tmp_path / "out")) == 3 * 4
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_loses_one_block(model, problems, tmp_path, monkeypatch):
+    append, blocks = BlockWriter.append, []
+
+    def full(writer, rows):
+        blocks.append(rows)
+        if len(blocks) == 3:
+            raise OSError("samples-00000.jsonl.gz: can't write: No space left on device")
+        append(writer, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_module, "BLOCK_PROBLEMS", 1)
+        patch.setattr(BlockWriter, "append", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(config(model, problems, tmp_path / "out"))
+    assert len(keys_of(tmp_path / "out")) == 2 * 3
+    run(config(model, problems, tmp_path / "out"))
+    assert len(set(keys_of(tmp_path / "out"))) == len(keys_of(tmp_path / "out")) == 18
 
 
 def test_more_samples_are_added_to_those_that_are_there(model, problems, tmp_path):

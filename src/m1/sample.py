@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,23 +176,35 @@ def _missing(
 
 
 def _sample(engine: Engine, jobs: list[Job], scorer: Scorer, config: SampleConfig, writer: BlockWriter) -> Tally:
-    """Draw, check and write what the jobs ask for."""
-    tally, written_at = Tally(), time.perf_counter()
+    """Draw, check and write what the jobs ask for; a block is checked and written while the next one is drawn."""
+    tally, block_began = Tally(), time.perf_counter()
     finished: list[tuple[Job, list[Completion]]] = []
-    with tqdm(total=sum(job.count for job in jobs), desc="sample", unit="sample", disable=None) as bar:
+    written: Future[None] = Future()
+    written.set_result(None)
+
+    def write(block: list[tuple[Job, list[Completion]]]) -> None:
+        writer.append(_judge(block, scorer, config, tally))
+
+    with (
+        ThreadPoolExecutor(1) as background,  # its end waits for the block that is being written
+        tqdm(total=sum(job.count for job in jobs), desc="sample", unit="sample", disable=None) as bar,
+    ):
         try:
             for job, completions in _complete(engine, jobs, config, max_tokens=config.max_new_tokens):
                 finished.append((job, completions))
                 bar.update(job.count)
-                if len(finished) == BLOCK_PROBLEMS or time.perf_counter() - written_at > BLOCK_SECONDS:
-                    block, finished, written_at = finished, [], time.perf_counter()
-                    writer.append(_judge(block, scorer, config, tally))
+                if len(finished) == BLOCK_PROBLEMS or time.perf_counter() - block_began > BLOCK_SECONDS:
+                    written.result()  # one block at a time; a full disk is raised here
                     share, speed = tally.correct / max(1, tally.checked), engine.metrics.tokens_per_second
                     bar.set_postfix_str(f"{share:.1%} correct, {speed:,.0f} tokens/s", refresh=False)
+                    written = background.submit(write, finished)
+                    finished, block_began = [], time.perf_counter()
         except KeyboardInterrupt:
-            writer.append(_judge(finished, scorer, config, tally))
+            written.result()
+            write(finished)
             raise
-        writer.append(_judge(finished, scorer, config, tally))
+        written.result()
+        write(finished)
     return tally
 
 
