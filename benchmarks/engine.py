@@ -110,21 +110,24 @@ def make_engine(model: M1ForCausalLM, case: Case, arguments: argparse.Namespace)
 # Steps alone
 
 
-def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: int = 20) -> float:
-    """Seconds of a decode step of sequences that have `context` tokens, whose states and pages hold random numbers."""
+def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: int = 20) -> float | None:
+    """Seconds of a decode step of sequences that have `context` tokens, whose states and pages hold random numbers.
+
+    None if the pages of so many do not fit.
+    """
     runner = engine.runner
     runner.allocate()
     graphs = runner._current_graphs()
     pages = -(-(context + num_steps + 8) // PAGE_SIZE)
     if pages * num_sequences > engine.capacity.num_pages:
-        return math.nan
-    slots = torch.arange(num_sequences, device="cuda")
-    runner._block_tables[:num_sequences, :pages] = torch.arange(pages * num_sequences, device="cuda").view(-1, pages)
-    runner._integers[0, :num_sequences] = torch.randint(1, 1000, (num_sequences,), device="cuda")
+        return None
+    slots = torch.arange(num_sequences, device=runner.device)
+    runner._block_tables[:num_sequences, :pages] = torch.arange(pages * num_sequences, device=runner.device).view(-1, pages)
+    runner._integers[0, :num_sequences] = torch.randint(1, 100, (num_sequences,), device=runner.device)
     runner._integers[1, :num_sequences] = context
     runner._floats[0, :num_sequences] = 0.7
     key = Key(next_of(graphs.sizes, num_sequences), next_of(graphs.widths, pages), 0) if graphs else None
-    rows = torch.from_numpy(runner.pad(slots.cpu().numpy(), key.size)).cuda() if key else slots
+    rows = torch.from_numpy(runner.pad(slots.cpu().numpy(), key.size)).to(runner.device) if key else slots
 
     @torch.inference_mode()
     def step() -> None:
@@ -144,6 +147,10 @@ def decode_seconds(engine: Engine, num_sequences: int, context: int, num_steps: 
     return begin.elapsed_time(end) / 1000 / num_steps
 
 
+def contexts_of(case: Case) -> list[int]:
+    return sorted({PROMPT, (PROMPT + case.longest) // 2, case.longest - 64})
+
+
 def measure_steps(engine: Engine, case: Case) -> list[dict[str, Any]]:
     assert engine.runner.state is not None
     for stack in (*engine.runner.state.slot_stacks, *engine.runner.state.page_stacks):
@@ -153,9 +160,12 @@ def measure_steps(engine: Engine, case: Case) -> list[dict[str, Any]]:
             else:
                 layer.normal_(0, 0.5)
     found = []
-    for context in sorted({PROMPT, (PROMPT + case.longest) // 2, case.longest - 64}):
+    for context in contexts_of(case):
         cost = step_cost(engine.model, case.count, context, case.is_fp8)
         seconds = decode_seconds(engine, case.count, context)
+        if seconds is None:
+            print(f"  context {context:6}: does not fit", flush=True)
+            continue
         found.append(
             {"context": context, "milliseconds": 1000 * seconds, "limit_milliseconds": 1000 * cost.seconds} | asdict(cost)
         )
@@ -227,8 +237,8 @@ def measure_prefill(engine: Engine, case: Case) -> dict[str, Any]:
 
 def estimate(case: Case, result: dict[str, Any]) -> float | None:
     """Tokens a second from prefill and steps, when all sequences run at once; None where they don't."""
-    steps = [step for step in result.get("steps", []) if not math.isnan(step["milliseconds"])]
-    if case.tokens is None or "prefill" not in result or len(steps) < 2 or len(steps) < len(result["steps"]):
+    steps = result.get("steps", [])
+    if case.tokens is None or "prefill" not in result or len(steps) < len(contexts_of(case)):
         return None
     contexts = np.arange(PROMPT, PROMPT + case.tokens)
     times = np.interp(contexts, [step["context"] for step in steps], [step["milliseconds"] / 1000 for step in steps])
