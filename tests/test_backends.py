@@ -68,9 +68,9 @@ class FakeVLLM:
         for name, (_, params, tokens) in list(self.requests.items()):
             tokens.append(len(tokens))
             is_finished = len(tokens) == min(params.max_tokens, 3 + int(name.rsplit("-", 1)[1]))
-            logprobs = [{token: types.SimpleNamespace(logprob=-0.1 * token)} for token in tokens]
+            logprobs = [{tokens[-1]: types.SimpleNamespace(logprob=-0.1 * tokens[-1])}]
             one = types.SimpleNamespace(
-                text=f"{params.seed}", token_ids=list(tokens), logprobs=logprobs, finish_reason="stop" if is_finished else None
+                text=f"{params.seed} ", token_ids=tokens[-1:], logprobs=logprobs, finish_reason="stop" if is_finished else None
             )
             outputs.append(types.SimpleNamespace(request_id=name, finished=is_finished, outputs=[one]))
             if is_finished:
@@ -83,7 +83,7 @@ def fake_vllm(monkeypatch):
     module = types.ModuleType("vllm")
     module.SamplingParams = lambda **options: types.SimpleNamespace(**options)
     params = types.ModuleType("vllm.sampling_params")
-    params.RequestOutputKind = types.SimpleNamespace(CUMULATIVE=0)
+    params.RequestOutputKind = types.SimpleNamespace(DELTA=1)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
     return FakeVLLM()
@@ -268,6 +268,14 @@ def test_no_server_and_no_url(monkeypatch):
 def test_what_cannot_be_opened_is_named(options, message):
     with pytest.raises((ValueError, OSError), match=message):
         open_backend(SolveConfig(**options))
+
+
+def test_what_vllm_gives_in_pieces_is_put_together(fake_vllm):
+    chat = [{"role": "user", "content": "hello"}]
+    [[first, second]] = vllm_backend(fake_vllm)([SampleRequest(chat, 2, PARAMS)], Watch())
+    assert (first.text, first.num_tokens, second.text, second.num_tokens) == ("3 3 3 ", 3, "4 4 4 4 ", 4)
+    assert first.mean_logprob == pytest.approx(-0.1)
+    assert second.mean_logprob == pytest.approx(-0.15)
 
 
 def test_vllm_that_is_not_installed_is_named(monkeypatch):

@@ -14,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from m1 import cli
 from m1.evaluation.records import read_records
+from m1.evaluation.sampling import Sample
+from m1.reasoning.voting import AnswerGroup, Vote
+from m1.solve import Solution, print_text
 from tests.fake_server import fake_server
 from tests.training.tiny import byte_tokenizer
 
@@ -227,6 +230,15 @@ def test_solve_within_budgets(models, capsys):
 def test_solve_votes_in_every_way(models, capsys, vote):
     answer = solve(capsys, models["hybrid"], "--samples", 5, "--vote", vote)
     assert len(answer["samples"]) == 5
+
+
+def test_a_solution_cannot_steer_the_terminal(capsys):
+    hostile = "\x1b[2J\x07[red]5[/]\u202e\n\\boxed{\x1b]0;5}"
+    vote = Vote("\x1b]0;5", 1.0, (AnswerGroup("\x1b]0;5", (0,), 1.0),), 0)
+    print_text(Solution("p", [Sample(hostile, 9, "stop")], ["\x1b]0;5"], vote, 1.0, 9, "samples"))
+    printed = capsys.readouterr().out
+    assert "[red]5[/]" in printed
+    assert not {"\x1b", "\x07", "\u202e"} & set(printed)
 
 
 def shortest(problem, completion):

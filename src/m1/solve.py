@@ -149,7 +149,7 @@ def print_text(solution: Solution) -> None:
     total = sum(group.weight for group in vote.groups) or 1.0
     for group in vote.groups:
         bar = "█" * max(1, round(30 * group.weight / total))
-        table.add_row(escape(group.answer), bar, str(len(group.indices)))
+        table.add_row(_shown(group.answer), bar, str(len(group.indices)))
     silent = solution.answers.count(None)
     if silent:
         table.add_row("[dim]no answer[/]", "", str(silent))
@@ -158,7 +158,7 @@ def print_text(solution: Solution) -> None:
         console.print("No sample finished: allow more, or fewer at once (--concurrency), or shorter ones (--max-new-tokens)")
     if vote.winner_index is not None:
         console.rule("[bold]A solution with the winning answer" if vote.answer is not None else "[bold]A sample")
-        console.print(escape(samples[vote.winner_index].text.strip()))
+        console.print(_shown(samples[vote.winner_index].text.strip()))
         console.rule()
     cut = sum(sample.finish_reason == "length" for sample in samples)
     unfinished = solution.tokens - sum(sample.num_tokens for sample in samples)
@@ -169,5 +169,10 @@ def print_text(solution: Solution) -> None:
         *([f"{unfinished} tokens in samples that had not finished"] if unfinished > 0 else []),
         *([ending] if ending else []),
     ]
-    answer = escape(vote.answer) if vote.answer is not None else "none"
+    answer = _shown(vote.answer) if vote.answer is not None else "none"
     console.print(f"answer [bold]{answer}[/], {vote.share:.0%} of the votes; {'; '.join(facts)}")
+
+
+def _shown(text: str) -> str:
+    """What a model wrote, so that it can neither style nor steer the terminal."""
+    return escape("".join(char if char in "\n\t" or char.isprintable() else "�" for char in text))

@@ -43,12 +43,13 @@ class _Run:
         self.open: dict[str, tuple[int, int]] = {}  # vLLM's name of a sample: its request and index
         self._waiting = iter([(number, index) for number, request in enumerate(requests) for index in range(request.n)])
         self._cancelled: set[int] = set()
-        self._lengths: dict[str, int] = {}
+        self._parts: dict[str, list[Any]] = {}  # what each open sample has generated, as it came
+        self._num_tokens = 0
         self._start = time.perf_counter()
 
     def sample(self, most_open: int) -> None:
         self._submit(most_open)
-        while self.open and not self.watch.is_over(sum(self._lengths.values())):
+        while self.open and not self.watch.is_over(self._num_tokens):
             for output in self.engine.step():
                 if output.request_id in self.open:
                     self._hear(output)
@@ -69,9 +70,9 @@ class _Run:
             if own.get("seed") is not None:
                 own["seed"] += index
             name = f"{id(self)}-{number}-{index}"
-            params = SamplingParams(n=1, logprobs=0, output_kind=RequestOutputKind.CUMULATIVE, **own)
+            params = SamplingParams(n=1, logprobs=0, output_kind=RequestOutputKind.DELTA, **own)
             self.engine.add_request(name, self._encode(request.prompt), params)
-            self.open[name] = number, index
+            self.open[name], self._parts[name] = (number, index), []
 
     def _encode(self, prompt: Prompt) -> Any:
         if isinstance(prompt, str):
@@ -80,29 +81,32 @@ class _Run:
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def _hear(self, output: Any) -> None:
-        self._lengths[output.request_id] = len(output.outputs[0].token_ids)
+        part = output.outputs[0]
+        self._parts[output.request_id].append(part)
+        self._num_tokens += len(part.token_ids)
         if not output.finished:
             return
         number, index = self.open.pop(output.request_id)
-        sample = _to_sample(output.outputs[0], index, time.perf_counter() - self._start, sum(self._lengths.values()))
+        seconds = time.perf_counter() - self._start
+        sample = _to_sample(self._parts.pop(output.request_id), index, seconds, self._num_tokens)
         self.samples[number].append(sample)
         if self.watch.on_sample(number, sample):
             self._cancelled.add(number)
             cancelled = [name for name, (of_request, _) in self.open.items() if of_request == number]
             self.engine.abort_request(cancelled)
             for name in cancelled:
-                del self.open[name]
+                del self.open[name], self._parts[name]
 
 
-def _to_sample(output: Any, index: int, seconds: float, tokens_spent: int) -> Sample:
-    chosen = [
-        of_token[token].logprob for token, of_token in zip(output.token_ids, output.logprobs or (), strict=False) if of_token
-    ]
-    mean_logprob, tail_logprob = confidences(chosen)
+def _to_sample(parts: Sequence[Any], index: int, seconds: float, tokens_spent: int) -> Sample:
+    """The sample that the deltas of one request make up."""
+    tokens = [token for part in parts for token in part.token_ids]
+    alternatives = [of_token for part in parts for of_token in part.logprobs or ()]
+    mean_logprob, tail_logprob = confidences([of_token[token].logprob for token, of_token in zip(tokens, alternatives)])
     return Sample(
-        text=output.text,
-        num_tokens=len(output.token_ids),
-        finish_reason=output.finish_reason,
+        text="".join(part.text for part in parts),
+        num_tokens=len(tokens),
+        finish_reason=parts[-1].finish_reason,
         mean_logprob=mean_logprob,
         tail_logprob=tail_logprob,
         index=index,
