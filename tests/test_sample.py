@@ -142,12 +142,13 @@ def test_what_was_finished_when_interrupted_is_kept(model, problems, tmp_path, m
     assert len(keys_of(tmp_path / "out")) == 3 * 4
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_loses_one_block(model, problems, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [3, 6])
+def test_a_disk_that_fills_up_ends_the_run_and_loses_one_block(model, problems, tmp_path, monkeypatch, number):
     append, blocks = BlockWriter.append, []
 
     def full(writer, rows):
         blocks.append(rows)
-        if len(blocks) == 3:
+        if len(blocks) == number:
             raise OSError("samples-00000.jsonl.gz: can't write: No space left on device")
         append(writer, rows)
 
@@ -156,7 +157,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_one_block(model, problems, 
         patch.setattr(BlockWriter, "append", full)
         with pytest.raises(OSError, match="No space left"):
             run(config(model, problems, tmp_path / "out"))
-    assert len(keys_of(tmp_path / "out")) == 2 * 3
+    assert len(keys_of(tmp_path / "out")) == 3 * (number - 1)
     run(config(model, problems, tmp_path / "out"))
     assert len(set(keys_of(tmp_path / "out"))) == len(keys_of(tmp_path / "out")) == 18
 
