@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from m1.config import GRPOConfig
+from m1.config import GRPOConfig, require
 from m1.modeling import M1ForCausalLM
+from m1.modeling.loading import load_config
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
-from m1.training.command import run_training
+from m1.training.command import parameter_bytes, run_training
 from m1.training.data import prompt_ids
 from m1.training.distributed import share
 from m1.training.groups import GroupSource, describe, group_advantages
@@ -251,7 +252,11 @@ def within_pass_rates(problems: Sequence[Problem], config: GRPOConfig) -> list[P
 
 def run(config: GRPOConfig) -> None:
     """`m1 grpo`."""
+    require(config, "model", "out")
     check_settings(config)
+    # Beside the model that trains: the sampler's copy, where it samples in another type, and the one that the KL holds on to.
+    itemsize = getattr(torch, config.precision).itemsize
+    copies = (config.precision != "float32") + bool(config.kl_weight)
     with Scorer() as scorer:
 
         def read(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Problem], str]:
@@ -275,5 +280,6 @@ def run(config: GRPOConfig) -> None:
                 model, tokenizer, problems, config, scorer=scorer, directory=directory
             ),
             frozen=config.frozen,
+            extra_bytes=parameter_bytes(load_config(config.model), itemsize * copies),
             next_command="m1 solve --model {out} …",
         )

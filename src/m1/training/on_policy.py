@@ -170,6 +170,7 @@ def run(config: OnPolicyConfig) -> None:
             student, load_teacher(config), tokenizer, prompts, config, directory=directory
         ),
         frozen=config.frozen,
-        extra_bytes=parameter_bytes(teacher_config, getattr(torch, config.precision).itemsize),
+        # The teacher, and the sampler's copy of the student, which has about its size.
+        extra_bytes=2 * parameter_bytes(teacher_config, getattr(torch, config.precision).itemsize),
         next_command="m1 sft --model {out} --data …, or m1 grpo --model {out} --data …",
     )
