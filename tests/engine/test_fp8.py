@@ -76,6 +76,8 @@ def test_a_quantized_model_is_nearly_the_model(variant: str, dtype: torch.dtype)
         train(model)
         assert rel_rms(hidden_states(engine.model), hidden_states(model)) > 4 * PRODUCT
         engine.update_weights()
+        fresh = tiny_engine(model, quantization="fp8", dtype=dtype)
+        assert torch.equal(hidden_states(engine.model), hidden_states(fresh.model))
     assert any(type(module) is torch.nn.Linear for module in model.modules())  # the trainer's is left alone
 
 

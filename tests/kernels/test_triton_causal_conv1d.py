@@ -144,12 +144,12 @@ def test_at_length(lengths: list[int], channels: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "num_repeats"), [(64, 3), (8, 7)])
+@pytest.mark.parametrize(("groups", "num_repeats"), [(64, 3), (8, 7)], ids=["3B", "0.5B"])
 @pytest.mark.parametrize("lengths", [[63, 1, 1000, 2, 4097, 64]])
 def test_x_repeated_by_indexing_at_length(lengths: list[int], groups: int, num_repeats: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), 16 * groups, 4, dtype, "cuda", num_repeats)
     check(inputs, lengths, "silu", None, 16)
-    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=32, num_warps=2), 16)
+    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=32), 16)
 
 
 @pytest.mark.gpu

@@ -48,8 +48,8 @@ class Fp8Linear(nn.Module):
 
     @torch.no_grad()
     def load(self, weight: Tensor) -> None:
-        """Take over `weight` [out, in] of any floating dtype."""
-        values, scale = quantize_fp8(weight.to(self.values.device))
+        """Take over `weight` [out, in] of any floating dtype, by way of the sampler's, as one made anew would."""
+        values, scale = quantize_fp8(weight.to(self.values.device, self.out_dtype))
         self.values[: len(values)].copy_(values)
         self.scale[: len(scale)].copy_(scale)
 

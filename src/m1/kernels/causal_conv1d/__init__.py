@@ -89,7 +89,7 @@ def causal_conv1d_update(
     num_slots = conv_state.shape[0]
     require_tensor("conv_state", conv_state, "S Dx W-1", (num_slots, x.shape[1], weight.shape[1] - 1), x)
     require_slots(slots, x.shape[0], num_slots, x)
-    implementation = implementation_for(x, __name__)
+    implementation = implementation_for(x, __name__, "causal_conv1d_update")
     return implementation.causal_conv1d_update(
         x, conv_state, weight, bias, activation=activation, slots=slots, head_width=head_width
     )

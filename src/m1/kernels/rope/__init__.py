@@ -46,5 +46,5 @@ def rotary_state_heads(x: Tensor, cos: Tensor, sin: Tensor, *, num_groups: int, 
     require(width > 0 and width % 2 == 0 and head_width % width == 0, "width", f"an even divisor of K={head_width}", width)
     require_tensor("cos", cos, "T K", (num_tokens, head_width), x)
     require_tensor("sin", sin, "T K", (num_tokens, head_width), x)
-    implementation = implementation_for(x, __name__)
+    implementation = implementation_for(x, __name__, "rotary_state_heads")
     return implementation.rotary_state_heads(x, cos, sin, num_groups=num_groups, width=width)

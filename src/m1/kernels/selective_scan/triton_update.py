@@ -98,6 +98,7 @@ def _update_kernel(
     if SOFTPLUS:
         delta = softplus(delta)
     h = tl.exp2(delta[:, :, None] * rate) * h + (delta * x_t)[:, :, None] * b_t[:, None, :]
+    tl.debug_barrier()  # where a tile is smaller than the program, several threads have loaded what one of them stores
     tl.store(state_at, h.to(state.dtype.element_ty), mask=has_element)
     out = tl.sum(h * c_t[:, None, :], axis=2)
     if HAS_D:
