@@ -98,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
 def _evaluate(token_loss: TokenLoss, logits: Tensor, teacher_logits: Tensor | None, first: int, wants_gradient: bool) -> Tensor:
     """Sums [k] over one chunk; its logits [C, V] are replaced by their gradient if that is wanted."""
     sums = torch.zeros(len(token_loss.names), device=logits.device)
-    is_in_place = token_loss.takes_any_dtype and _has_kernel(logits)
+    is_in_place = token_loss.takes_any_dtype and (_has_kernel(logits) or logits.dtype == torch.float32)
     for block in _slices(len(logits), _block_rows(logits)):
         mine = logits[block] if is_in_place else logits[block].to(torch.float32, copy=True)
         theirs = teacher_logits[block] if teacher_logits is not None else None
