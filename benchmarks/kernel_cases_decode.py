@@ -148,6 +148,33 @@ def _prefill_case(model: str, num_sequences: int, length: int) -> Case:
     )
 
 
+def _training_case(model: str, lengths: list[int], label: str) -> Case:
+    """Packed attention, forward and backward together; documents of one length take cuDNN's, others flash attention."""
+    _, _, heads, groups, width, _ = MODELS[model]
+    tokens = sum(lengths)
+
+    def build_for(module: str) -> Calls:
+        import importlib
+
+        op = importlib.import_module(f"m1.kernels.attention.{module}").varlen_attention
+        inputs = [_randn(tokens, count, width).requires_grad_() for count in (heads, groups, groups)]
+        upstream = _randn(tokens, heads, width)
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+        def call() -> Any:
+            return torch.autograd.grad(op(*inputs, cu_seqlens=bounds, max_seqlen=max(lengths)), inputs, upstream)
+
+        return [call]
+
+    return Case(
+        f"training attention {model} {label}",
+        tokens * (4 * heads + 6 * groups) * width * 2,
+        lambda: build_for("torch_varlen"),
+        lambda: build_for("reference"),
+        flops=7 * sum(length**2 for length in lengths) * heads * width,
+    )
+
+
 def _write_case(model: str, tokens: int, is_rotating: bool, dtype: torch.dtype) -> Case:
     _, _, heads, groups, width, _ = MODELS[model]
     bytes_moved = tokens * groups * width * 2 * (2 + dtype.itemsize)
@@ -339,6 +366,12 @@ def cases() -> list[Case]:
     found += [_decode_case("3B", bf16, [2304] * 32, "32 x 2304"), _decode_case("3B", bf16, [2304] * 512, "512 x 2304")]
     found += [_decode_case("3B", bf16, [16384], "1 x 16384"), _decode_case("0.5B", bf16, [512] * 1024, "1024 x 512")]
     found += [_prefill_case("3B", 8, 2048), _prefill_case("0.5B", 64, 256)]
+    found += [
+        _training_case("3B", [4096] * 4, "4 x 4096"),
+        _training_case("3B", [16384], "1 x 16384"),
+        _training_case("3B", [3000, 5192, 4096, 4096], "4 of 3000 to 5192"),
+        _training_case("0.5B", [4096] * 4, "4 x 4096"),
+    ]
     for tokens in (512, 16384):
         found += [_write_case("3B", tokens, is_rotating, dtype) for is_rotating in (False, True) for dtype in (bf16, fp8)]
     for model, tokens in (("3B", 512), ("3B", 16384), ("0.5B", 16384)):
