@@ -138,6 +138,7 @@ def _step_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
 
     def step_inputs() -> dict[str, Any]:
         inputs = update_inputs()
+        inputs["A_log"] = (-inputs.pop("A")).log()
         rows = {
             "xBC": torch.cat([inputs.pop(name).flatten(1) for name in ("x", "B", "C")], 1),
             "z": _randn(BATCH, heads, width),

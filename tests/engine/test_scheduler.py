@@ -355,6 +355,12 @@ def test_moves_that_touch_one_another_are_not_done_at_once():
     assert [len(group) for group in independent_groups(moves)] == [2, 2, 1]
 
 
+def test_samples_that_part_from_a_prompt_are_two_runs_of_moves():
+    forks = [move for i in range(1, 9) for move in (Move("slot", 0, i), Move("page", 0, i))]
+    groups = list(independent_groups([*forks, Move("page", 3, 20)]))
+    assert [(group[0].kind, len(group)) for group in groups] == [("slot", 8), ("page", 8), ("page", 1)]
+
+
 def test_a_token_budget_that_starves_prefill_is_refused():
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         Scheduler(StateCache(4, 8, 4), max_num_seqs=4, max_num_batched_tokens=4)

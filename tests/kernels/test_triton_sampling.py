@@ -249,3 +249,27 @@ def test_replays_in_a_graph_with_other_settings() -> None:
             settings[name].copy_(values)
         graph.replay()
         assert torch.equal(token, reference.sample(logits, **settings)[0])
+
+
+def test_batches_of_any_size_share_their_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds: nothing that is compiled in may depend on how many sequences there are."""
+    compiled: dict[str, set[tuple[Any, ...]]] = {}
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **constants: compiled.setdefault(self.name, set()).add(tuple(sorted(constants.items())))
+
+    for name in ("_scan_kernel", "_finish_kernel"):
+        monkeypatch.setattr(triton_impl, name, Recorder(name))
+    splits = set()
+    for num_rows in (1, 7, 33, 100, 600, 2048):
+        rows = {name: torch.ones(num_rows) for name in ("temperature", "top_p", "min_p")}
+        whole = {name: torch.ones(num_rows, dtype=torch.int64) for name in ("top_k", "seeds", "positions")}
+        triton_impl.sample(torch.randn(num_rows, 20_000), **rows, **whole)
+        splits.add(triton_impl.choose_config(num_rows, 200_000, 132).num_splits)
+    assert {name: len(constants) for name, constants in compiled.items()} == {"_scan_kernel": 1, "_finish_kernel": 1}
+    assert len(splits) > 3
+    assert max(splits) <= triton_impl.MAX_SPLITS

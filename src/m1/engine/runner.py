@@ -303,7 +303,16 @@ def _slot(sequence: Sequence) -> int:
 
 
 def independent_groups(moves: list[Move]) -> Iterator[list[Move]]:
-    """Cut moves into runs, in order, that may be done at once: of one kind, and none touching what another writes."""
+    """Cut moves into runs that may be done at once: of one kind, and none touching what another writes.
+
+    Slots and pages are different memory, so the runs of slots come first, then those of pages, each in their order: a dozen
+    samples that part from a prompt, a slot and a page each, are two runs.
+    """
+    for kinds in (("reset", "slot"), ("page",)):
+        yield from _runs([move for move in moves if move.kind in kinds])
+
+
+def _runs(moves: list[Move]) -> Iterator[list[Move]]:
     group: list[Move] = []
     sources: set[int] = set()
     targets: set[int] = set()

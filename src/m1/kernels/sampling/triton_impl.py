@@ -43,11 +43,14 @@ class SampleConfig(NamedTuple):
     finish_warps: int = 4
 
 
+MAX_SPLITS = 64  # one tile of `_finish_kernel` holds a row's splits, always this many: it takes seconds to compile
+
+
 def choose_config(num_rows: int, num_tokens: int, multiprocessors: int) -> SampleConfig:
     """Enough splits that every multiprocessor holds about eight programs of the scan."""
     wanted = triton.next_power_of_2(triton.cdiv(8 * multiprocessors, max(num_rows, 1)))
     useful = triton.next_power_of_2(triton.cdiv(num_tokens, SampleConfig().tile))
-    return SampleConfig(num_splits=min(wanted, useful, 64))
+    return SampleConfig(num_splits=min(wanted, useful, MAX_SPLITS))
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def _scan_kernel(
     tl.store(best_ptr + slot, best_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _finish_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     moments_ptr, best_ptr, group_ptr, scratch_ptr, token_ptr, logprob_ptr, stride, V, num_groups, num_splits,
@@ -165,6 +168,7 @@ def sample(
     device = logits.device
     if config is None:
         config = choose_config(num_rows, num_tokens, num_multiprocessors(device))
+    assert config.num_splits <= MAX_SPLITS
     num_groups = triton.cdiv(num_tokens, config.group)
     tiles_a_split = triton.cdiv(triton.cdiv(num_tokens, config.tile), config.num_splits)
     moments = torch.empty(num_rows, config.num_splits, 3, dtype=torch.float32, device=device)
@@ -183,6 +187,6 @@ def sample(
             logits, *settings, moments, best, peaks, scratch, tokens, logprobs,
             logits.stride(0), num_tokens, num_groups, config.num_splits,
             GROUP=config.group, CANDIDATES=config.candidates, BLOCK_G=triton.next_power_of_2(num_groups),
-            BLOCK_S=triton.next_power_of_2(config.num_splits), TILE=config.tile, num_warps=config.finish_warps,
+            BLOCK_S=MAX_SPLITS, TILE=config.tile, num_warps=config.finish_warps,
         )  # fmt: skip
     return tokens, logprobs
