@@ -95,6 +95,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/layers.json"))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    record = {
+        "command": "python benchmarks/layers.py",
+        "hardware": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__},
+        "revision": options.revision or git_revision(),
+        "tokens": TOKENS,
+    }
     print(f"{'':28}      ms  over attention")
     for size, length in itertools.product(options.sizes, options.lengths):
         attention = 0.0
@@ -109,16 +115,7 @@ def main() -> None:
                 print("\n".join(f"    {ms:8.3f}  {name}" for name, ms in row["kernels_ms"].items()))
             rows.append(row)
             del run
-    write_json(
-        options.out,
-        {
-            "command": "python benchmarks/layers.py",
-            "hardware": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__},
-            "revision": options.revision or git_revision(),
-            "tokens": TOKENS,
-            "rows": rows,
-        },
-    )
+            write_json(options.out, record | {"rows": rows})  # after each: a cut-off loses the rest alone
 
 
 if __name__ == "__main__":
