@@ -30,7 +30,7 @@ from m1.training.groups import GroupSource, describe, group_advantages
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, mean_over_targets, train
 from m1.training.losses import TokenLogProbs, head_loss, target_states
 from m1.training.optimizer import select_trainable
-from m1.training.packing import Document, PackedBatch, best_fit, pack
+from m1.training.packing import AnnotatedBatch, Document, PackedBatch, best_fit, pack
 from m1.training.policy_loss import PolicyLoss, PolicyTokens
 from m1.training.rollouts import EngineSampler, ProblemStream, Sample, Sampler, check_rollout_settings, with_room
 from m1.training.run_directory import RunDirectory
@@ -52,23 +52,10 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class PolicyBatch:
+class PolicyBatch(AnnotatedBatch):
     """A `loop.Batch` of rollouts: packed prompts and completions, and what is known of the completions' tokens [N]."""
 
-    packed: PackedBatch
     tokens: PolicyTokens
-
-    @property
-    def num_tokens(self) -> int:
-        return self.packed.num_tokens
-
-    @property
-    def num_targets(self) -> int:
-        return self.packed.num_targets
-
-    @property
-    def counts(self) -> bool:
-        return self.packed.counts
 
     def to(self, device: torch.device) -> "PolicyBatch":
         return PolicyBatch(self.packed.to(device), self.tokens.to(device))

@@ -67,6 +67,25 @@ class PackedBatch:
         return {"input_ids": self.input_ids, "cu_seqlens": self.layout.cu_seqlens, "target_positions": self.target_positions}
 
 
+@dataclass(frozen=True)
+class AnnotatedBatch:
+    """A packed batch of whose targets a stage knows more than the tokens."""
+
+    packed: PackedBatch
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed.num_tokens
+
+    @property
+    def num_targets(self) -> int:
+        return self.packed.num_targets
+
+    @property
+    def counts(self) -> bool:
+        return self.packed.counts
+
+
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`, sent without waiting; as it is if it is there."""
     if tensor.device.type == device.type:

@@ -27,7 +27,7 @@ from m1.storage import require_disk, write_json
 from m1.training.distributed import barrier, is_first, num_ranks, rank
 from m1.training.loop import autocast
 from m1.training.losses import head_loss, target_states
-from m1.training.packing import Document, PackedBatch
+from m1.training.packing import AnnotatedBatch, Document, PackedBatch
 from m1.training.top_k import TopK, TopKRecorder
 
 DESCRIPTION = "cache.json"
@@ -37,23 +37,10 @@ _PARTS = ("ids", "log_probs", "tails")
 
 
 @dataclass(frozen=True)
-class CachedBatch:
+class CachedBatch(AnnotatedBatch):
     """A `loop.Batch` with what the teacher says at its targets."""
 
-    packed: PackedBatch
     teacher: TopK
-
-    @property
-    def num_tokens(self) -> int:
-        return self.packed.num_tokens
-
-    @property
-    def num_targets(self) -> int:
-        return self.packed.num_targets
-
-    @property
-    def counts(self) -> bool:
-        return self.packed.counts
 
     def to(self, device: torch.device) -> "CachedBatch":
         return CachedBatch(self.packed.to(device), self.teacher.to(device))
