@@ -1,9 +1,8 @@
-"""Benchmark cases of the Mamba-2 kernels: the SSD scan, the state update, the fused decoding step, and a whole mixer.
+"""Benchmark cases of the Mamba-2 kernels: the SSD scan, the state update and the decoding step (whole mixers: layers.py).
 
 benchmarks/kernels.py imports `cases()`. Inputs look as in a model: x, B and C are slices of the convolution's output, dt and
 z of in_proj's; step sizes log-uniform in 0.001 … 0.1, A in -16 … -1. The floors count the arithmetic of the chunk length that
-the kernels choose; m1.kernels.ssd.triton_impl derives them. The reference of the whole mixer is no torch mixer but the
-attention layer that it replaces, so that "x reference" says how much longer attention takes.
+the kernels choose; m1.kernels.ssd.triton_impl derives them.
 """
 
 import functools
@@ -196,49 +195,11 @@ def _step_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
     ]  # fmt: skip
 
 
-def _layer_calls(model: str, lengths: list[int], is_mixer: bool) -> Calls:
-    """A bf16 mixer or attention layer of a model, forward and backward to its input and parameters."""
-    from m1.modeling.attention import Attention
-    from m1.modeling.configuration import FULL_ATTENTION, LINEAR_ATTENTION, M1Config
-    from m1.modeling.mamba2 import Mamba2Mixer
-    from m1.modeling.rotary import RotaryEmbedding
-    from m1.modeling.state import SequenceLayout
-
-    heads, groups, width = MODELS[model]
-    config = M1Config(
-        hidden_size=heads * width,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        num_hidden_layers=1,
-        layer_types=[LINEAR_ATTENTION if is_mixer else FULL_ATTENTION],
-        mixer="mamba2",
-    )
-    layer = (Mamba2Mixer if is_mixer else Attention)(config, 0).to("cuda", torch.bfloat16)
-    layout = SequenceLayout.from_lengths(lengths, "cuda")
-    rotary = RotaryEmbedding(config)(layout.positions)
-    inputs = [_randn(sum(lengths), heads * width).requires_grad_(), *layer.parameters()]
-    upstream = _randn(sum(lengths), heads * width)
-    return [lambda: torch.autograd.grad(layer(inputs[0], layout, rotary), inputs, upstream)]
-
-
-def _mixer_case(model: str, lengths: list[int]) -> SsdCase:
-    """The floor counts the two projections, forwards and backwards, and the bytes of nothing."""
-    heads, groups, width = MODELS[model]
-    inner, shared = heads * width, groups * width
-    return SsdCase(
-        f"mamba2 mixer forward + backward {model} {_documents(lengths)}",
-        0,
-        lambda: _layer_calls(model, lengths, True),
-        lambda: _layer_calls(model, lengths, False),
-        flops=6 * sum(lengths) * inner * (3 * inner + 2 * shared + heads),
-    )
-
-
 def cases() -> list[ScanCase]:
     """Every case of this file; nothing is allocated yet."""
     found: list[ScanCase] = []
     for model in MODELS:
         for lengths in ([4096] * 4, [16384]):
-            found += [*_scan_cases(model, lengths), _mixer_case(model, lengths)]
+            found += _scan_cases(model, lengths)
         found += _step_cases(model, torch.float32)
     return found + _step_cases("3B", torch.bfloat16)

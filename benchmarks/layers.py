@@ -48,7 +48,7 @@ def make_pass(kind: str, size: str, length: int) -> Callable[[], Any]:
     config = M1Config(**SIZES[size], num_hidden_layers=1, layer_types=types, mixer=mixer, vocab_size=256)
     layer = LAYERS[kind](config, 0).to("cuda", torch.bfloat16)
     layout = SequenceLayout.from_lengths([length] * (TOKENS // length), "cuda")
-    rotary = tuple(table.to(torch.bfloat16) for table in RotaryEmbedding(config)(layout.positions))
+    rotary = RotaryEmbedding(config)(layout.positions)
     x = torch.randn(TOKENS, config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn_like(x)
     wanted = [x, *layer.parameters()]
