@@ -1,9 +1,9 @@
 """Packed causal attention on CUDA in bf16 or fp16 through torch's own kernels; none of ours is needed here.
 
 Documents of any length go to flash attention. Where all have one length, which shapes alone tell, cuDNN's attention may
-serve, which knows no packing but is nearly twice as fast: H100, 24/8 heads of 128, forward and backward together, 4 x 4,096
-tokens 3.2 ms against 5.6, 1 x 16,384 tokens 10.1 against 18.5. It plans anew for every shape, so it is kept for training,
-where few shapes come often. (Its own form for packed documents took 80 ms and gave wrong gradients in torch 2.11.)
+serve, which knows no packing but is faster (`benchmarks/kernels.py --only "training attention"` times both). It plans anew
+for every shape, so it is kept for training, where few shapes come often. (Its own form for packed documents was slower, and
+gave wrong gradients in torch 2.11.)
 """
 
 import functools
