@@ -260,13 +260,52 @@ def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
     return asdict(found)
 
 
+class StepWatch:
+    """Steps of an engine, with what the host did in each: where a run is slower than its decode steps, this says in which."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seconds: list[float] = []
+        self.notes: list[str] = []
+
+    def step(self) -> None:
+        engine, graphs = self.engine, self.engine.runner._graphs
+        num_captured = graphs.num_captured if graphs else 0
+        start = time.perf_counter()
+        engine.step()
+        self.seconds.append(time.perf_counter() - start)
+        graphs = engine.runner._graphs
+        batch = engine._in_flight[-1][0] if engine._in_flight else None
+        note = f"capture {graphs.num_captured - num_captured} " if graphs and graphs.num_captured > num_captured else ""
+        if batch is not None:
+            prefill = sum(chunk.end - chunk.start for chunk in batch.prefill)
+            note += f"decode {len(batch.slots)} prefill {prefill} moves {len(batch.moves)} starting {len(batch.starting)}"
+        self.notes.append(note)
+
+    def summary(self) -> dict[str, Any]:
+        """Seconds inside steps, their median, and the slowest ones: (seconds, index, what was launched)."""
+        order = sorted(range(len(self.seconds)), key=lambda index: -self.seconds[index])
+        return {
+            "step_seconds": sum(self.seconds),
+            "median_step_seconds": float(np.median(self.seconds)),
+            "slowest_steps": [(self.seconds[index], index, self.notes[index]) for index in order[:24]],
+        }
+
+    def show(self) -> None:
+        found = self.summary()
+        print(f"  in steps {found['step_seconds']:.2f} s, median {1000 * found['median_step_seconds']:.2f} ms; slowest:")
+        for seconds, index, note in found["slowest_steps"]:
+            print(f"    {1000 * seconds:8.1f} ms  step {index:5}  {note}", flush=True)
+
+
 def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, start = engine.metrics, time.perf_counter()
     total = submit_all(engine, case)
+    watch = StepWatch(engine)
     while engine.has_work:
-        engine.step()
+        watch.step()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     after = engine.metrics
@@ -281,6 +320,7 @@ def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "graphs": graphs.num_captured if graphs else 0,
         "capture_seconds": graphs.capture_seconds if graphs else 0.0,
+        **watch.summary(),
     }
     print(
         f"  run: {total:,} tokens in {seconds:.2f} s: {total / seconds:,.0f} tokens/s; {found['steps']} steps, "
@@ -288,6 +328,7 @@ def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
         f"peak {found['peak_memory_gib']:.1f} GiB",
         flush=True,
     )
+    watch.show()
     return found
 
 
