@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from m1.config import COMMANDS, build, read_recipe
+from m1.config import COMMANDS
+from m1.recipe_file import build, read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

@@ -10,7 +10,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from m1.config import COMMANDS, build, read_recipe
+from m1.config import COMMANDS
+from m1.recipe_file import build, read_recipe
 
 RUNNERS = {
     "quickstart": "m1.quickstart.run",
