@@ -90,3 +90,9 @@ def test_too_little_disk_or_memory_is_said_in_numbers(tmp_path):
         storage.require_memory(2**60, "the test")
     storage.require_disk(tmp_path, 1, "the test")
     storage.require_memory(1, "the test")
+
+
+def test_a_copy_without_git_says_of_which_revision_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("M1_REVISION", "0123456789ab")
+    storage.write_run_record(tmp_path, "eval", {})
+    assert storage.read_run_record(tmp_path)["revision"] == "0123456789ab"

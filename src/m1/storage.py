@@ -127,7 +127,12 @@ def read_run_record(directory: str | Path) -> dict[str, Any] | None:
 
 
 def git_revision() -> str | None:
-    """The revision of the code that runs, with "+changes" if files differ from it; None outside a checkout."""
+    """The revision of the code that runs, with "+changes" if files differ from it; None outside a checkout.
+
+    M1_REVISION of the environment goes first: a job whose files were copied to another machine has no checkout there.
+    """
+    if given := os.environ.get("M1_REVISION"):
+        return given
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

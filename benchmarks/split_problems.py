@@ -1,0 +1,47 @@
+"""Divide a set of training problems in two: some for choosing between models, which no stage may train on, and the rest.
+
+    python benchmarks/split_problems.py gsm8k_train.jsonl --held-out 500 --out runs/problems
+
+writes gsm8k_train_dev.jsonl and gsm8k_train_rest.jsonl: `m1 eval --tasks` takes the one, `m1 sample --data` the other. Which
+problems are held out follows from their texts alone: the same in every run, whatever the order of the file. Lines without an
+answer are left out.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from m1.reasoning.problems import Problem, read_problems, write_problems
+
+
+def split(problems: Sequence[Problem], num_held_out: int) -> tuple[list[Problem], list[Problem]]:
+    """(held out, the rest), each in the given order; problems of one text stay together, so there may be a few more."""
+    if not 0 < num_held_out < len(problems):
+        raise ValueError(f"--held-out: expected 1 to {len(problems) - 1} of the {len(problems)} problems, got {num_held_out}")
+    texts = sorted({problem.problem for problem in problems}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    chosen, found = set[str](), 0
+    for text in texts:
+        if found >= num_held_out:
+            break
+        chosen.add(text)
+        found += sum(problem.problem == text for problem in problems)
+    return [p for p in problems if p.problem in chosen], [p for p in problems if p.problem not in chosen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problems", type=Path, help="JSON lines with problem and answer")
+    parser.add_argument("--held-out", type=int, default=500, help="how many problems")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write the two files to")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    parts = split(read_problems(arguments.problems, skip_unanswered=True), arguments.held_out)
+    for name, part in zip(("dev", "rest"), parts, strict=True):
+        path = arguments.out / f"{arguments.problems.name.split('.')[0]}_{name}.jsonl"
+        write_problems(path, part)
+        print(f"{len(part):6,} problems in {path}")
+
+
+if __name__ == "__main__":
+    main()
