@@ -200,21 +200,20 @@ def requests_of(case: Case, vocab_size: int) -> list[tuple[list[int], SamplingPa
     return requests
 
 
-def submit_all(engine: Engine, case: Case, longest: int | None = None) -> int:
-    """All requests of a case, none longer than `longest`; returns how many tokens they will have."""
+def submit_all(engine: Engine, case: Case, divisor: int = 1) -> int:
+    """All requests of a case, with a `divisor`-th of their tokens; returns how many tokens they will have."""
     total = 0
     for prompt, params in requests_of(case, engine.model.config.vocab_size):
-        if longest is not None:
-            params = replace(params, max_tokens=min(longest, params.max_tokens))
+        params = replace(params, max_tokens=max(1, params.max_tokens // divisor))
         engine.submit(prompt, params)
         total += params.n * params.max_tokens
     return total
 
 
 def warm_up(engine: Engine, case: Case) -> None:
-    """Every size of batch that filling and draining the engine meets."""
+    """The case in small: every size of batch that filling and draining the engine meets, every width of block tables."""
     start = time.perf_counter()
-    submit_all(engine, case, longest=24)
+    submit_all(engine, case, divisor=8 if case.tokens is None else max(1, case.tokens // 24))
     while engine.has_work:
         engine.step()
     torch.cuda.synchronize()

@@ -18,6 +18,7 @@ import torch
 from engine import Case, requests_of
 
 from m1.engine import Engine
+from m1.engine.llm import ADMISSION_INTERVAL
 from m1.modeling import M1Config, M1ForCausalLM
 
 
@@ -41,6 +42,7 @@ def hollow_engine(num_sequences: int, longest: int) -> Engine:
         num_pages=num_sequences * -(-longest // 64),
         num_steps_ahead=2,
     )
+    engine.scheduler.admission_interval = ADMISSION_INTERVAL["cuda"]
     tokens = torch.randint(1, 1000, (num_sequences,))
     logprobs = torch.randn(num_sequences)
 

@@ -137,7 +137,9 @@ def test_unknown_kinds_are_refused() -> None:
 @pytest.mark.parametrize("variant", ["mamba1", "mamba2", "dense"])
 def test_on_a_gpu_the_same_as_on_a_cpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states of a prompt, and graphs of decode steps that follow new weights."""
-    monkeypatch.setattr("m1.engine.graphs.PATIENCE", 0)  # or both engines pad their batches to other sizes, and round otherwise
+    monkeypatch.setattr(
+        "m1.engine.graphs.PATIENCE", 0
+    )  # every size in its own graph, or batches are padded and round otherwise
     model = tiny_model(variant)
     ids = torch.tensor([PROMPTS[2]])
     options = {"quantization": "fp8", "kv_cache_dtype": "fp8", "dtype": torch.bfloat16}

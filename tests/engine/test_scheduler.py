@@ -1,5 +1,6 @@
 """Scheduler and cache without a model: whatever arrives, forks or is preempted, tokens are those of a sequence alone."""
 
+import itertools
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Sizes:
     has_state: bool = True
     has_pages: bool = True
     num_steps_ahead: int = 0
+    admission_interval: int = 1
 
 
 class House:
@@ -50,7 +52,7 @@ class House:
             needs_pages=sizes.has_pages,
             keeps_prefixes=sizes.keeps_prefixes,
         )
-        self.scheduler = Scheduler(self.cache, sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.cache, sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.admission_interval)
         self.runner = FakeRunner(self.model, num_slots, sizes.num_pages, sizes.page_size)
         self.factory = RequestFactory(None, VOCABULARY, frozenset([EOS]), sizes.max_model_len)
         self.outputs = OutputProcessor(None)
@@ -208,6 +210,7 @@ def test_ten_thousand_random_events(has_state, has_pages, num_steps_ahead):
             has_state=has_state,
             has_pages=has_pages,
             num_steps_ahead=num_steps_ahead,
+            admission_interval=1 + 2 * (seed % 3),
         )
         house = run_random_events(sizes, seed, num_events=10_000 // 8)
         preemptions += house.scheduler.num_preemptions
@@ -227,9 +230,19 @@ def test_ten_thousand_random_events(has_state, has_pages, num_steps_ahead):
     keeps_prefixes=st.booleans(),
     parts=st.sampled_from(list(PARTS.values())),
     num_steps_ahead=st.integers(0, 4),
+    admission_interval=st.integers(1, 9),
 )
 def test_any_sizes(
-    seed, max_num_seqs, extra_tokens, page_size, num_prefix_slots, extra_pages, keeps_prefixes, parts, num_steps_ahead
+    seed,
+    max_num_seqs,
+    extra_tokens,
+    page_size,
+    num_prefix_slots,
+    extra_pages,
+    keeps_prefixes,
+    parts,
+    num_steps_ahead,
+    admission_interval,
 ):
     sizes = Sizes(
         max_num_seqs=max_num_seqs,
@@ -241,6 +254,7 @@ def test_any_sizes(
         has_state=parts[0],
         has_pages=parts[1],
         num_steps_ahead=num_steps_ahead,
+        admission_interval=admission_interval,
     )
     run_random_events(sizes, seed, num_events=60)
 
@@ -335,6 +349,24 @@ def test_the_third_prompt_after_a_common_beginning_finds_it():
         found.append(house.cache.num_prefix_tokens)
     assert found == [0, 0, 8]
     house.check_results()
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_busy_house_lets_prompts_in_together(interval: int) -> None:
+    """Places become free one by one; while half of them are taken, prompts start in steps that lie `interval` apart."""
+    house = House(Sizes(max_num_seqs=8, num_pages=90, max_num_batched_tokens=40, admission_interval=interval))
+    for index in range(40):
+        house.submit([index + 1], max_tokens=20 + 7 * index % 16, ignore_eos=True)
+    steps, num_steps = [], 0
+    while not house.scheduler.is_idle:
+        num_admitted, is_busy = len(house.admitted), house.scheduler.table.num_sequences >= 4
+        house.step()
+        num_steps += 1
+        if len(house.admitted) > num_admitted:
+            steps.append((num_steps, is_busy))
+    house.check_results()
+    gaps = [step - before for (before, _), (step, is_busy) in itertools.pairwise(steps) if is_busy]
+    assert min(gaps) == interval
 
 
 def test_abort_frees_everything_at_once():

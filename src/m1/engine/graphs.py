@@ -3,7 +3,8 @@
 A step of 28 layers is some hundred launches of a few microseconds each; a graph of them is one. What a graph reads must lie
 where it lay at the capture: the rows of the runner, the states, the weights, and `_slots`, which says whose turn it is. So
 a batch is padded to the next size with the scratch slot, a row that belongs to nobody, and block tables are cut at the next
-of a few widths: attention divides its work by the width and takes the lengths from the device.
+of a few widths: attention divides its work by the width and takes the lengths from the device. Every step runs so: launched
+one by one, the kernels of a size that is seldom met would each have to be chosen, loaded or compiled for it.
 """
 
 import time
@@ -17,8 +18,7 @@ from torch import Tensor
 Decode = Callable[[Tensor, int, int], tuple[Tensor, ...]]  # (slots, width, num_top) -> outputs
 FIRST_WIDTH = 16  # pages
 WIDTH_STEP = 4
-PATIENCE = 8  # steps of a kind that are launched kernel by kernel before it is captured
-PATIENCE_IF_LARGER = 64  # the same where a larger graph serves meanwhile
+PATIENCE = 64  # steps of a kind that a larger graph serves before it gets one of its own
 
 
 class Key(NamedTuple):
@@ -64,10 +64,10 @@ class DecodeGraphs:
         self._num_missed: Counter[Key] = Counter()
         self.capture_seconds = 0.0
 
-    def choose(self, count: int, width: int, num_top: int) -> Key | None:
-        """The graph for `count` rows and tables of `width` pages; None to launch this step's kernels one by one.
+    def choose(self, count: int, width: int, num_top: int) -> Key:
+        """The graph for `count` rows and tables of `width` pages.
 
-        A capture costs as much as some ten steps, so a size that is only passed by, when the engine fills or drains, is not
+        A capture costs as much as some twenty steps, so a size that is only passed by, when the engine fills or drains, is not
         worth one: its steps run in a graph that is not more than twice too large, if there is one.
         """
         key = Key(next_of(self.sizes, count), next_of(self.widths, width), num_top)
@@ -75,9 +75,7 @@ class DecodeGraphs:
             return key
         larger = [k for k in self._captured if count <= k.size <= 2 * key.size and k.width >= width and k.num_top == num_top]
         self._num_missed[key] += 1
-        if self._num_missed[key] > (PATIENCE_IF_LARGER if larger else PATIENCE):
-            return key
-        return min(larger, default=None)
+        return min(larger) if larger and self._num_missed[key] <= PATIENCE else key
 
     def run(self, decode: Decode, key: Key, slots: Tensor) -> tuple[Tensor, ...]:
         """What decode(slots, key.width, key.num_top) returns, from its graph; overwritten by the next run.

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
 STEPS_AHEAD = {"cpu": 0, "cuda": 2}
+# Steps between admissions to an engine that is at least half full. A prefill is launched kernel by kernel.
+ADMISSION_INTERVAL = {"cpu": 1, "cuda": 16}
 
 
 class Engine:
@@ -122,7 +124,9 @@ class Engine:
             needs_pages=bool(config.attention_layers),
             keeps_prefixes=enable_prefix_caching,
         )
-        self.scheduler = Scheduler(self.cache, size.max_num_seqs, size.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.cache, size.max_num_seqs, size.max_num_batched_tokens, ADMISSION_INTERVAL[weight.device.type]
+        )
         self.runner = ModelRunner(
             model,
             num_slots=size.num_slots,

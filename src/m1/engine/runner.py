@@ -141,10 +141,10 @@ class ModelRunner:
         self._write_rows(sent)
         result = Download([])
         if len(batch.slots):
-            if graphs is None or key is None:
-                outputs = self.decode(sent["slots"], width, num_top)
-            else:
+            if graphs is not None and key is not None:
                 outputs = graphs.run(self.decode, key, sent["slots"])
+            else:
+                outputs = self.decode(sent["slots"], width, num_top)
             result = Download([output[: len(batch.slots)] for output in outputs])
         if batch.prefill:
             self.prefill(batch.prefill, sent)

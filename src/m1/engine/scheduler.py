@@ -63,9 +63,11 @@ class Scheduler:
     """Continuous batching under three limits: sequences running at once, tokens a step, and pages.
 
     max_num_batched_tokens must exceed max_num_seqs, so that prefill advances beside a full house of decoding sequences.
+    admission_interval: while at least half of the places are taken by sequences that decode, prompts start only in every so
+    many-th step, together: a prefill of one prompt costs the host about as much as one of many.
     """
 
-    def __init__(self, cache: StateCache, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, cache: StateCache, max_num_seqs: int, max_num_batched_tokens: int, admission_interval: int = 1) -> None:
         if not 1 <= max_num_seqs < max_num_batched_tokens:
             raise ValueError(
                 f"max_num_batched_tokens: expected more than max_num_seqs ({max_num_seqs}, at least 1), "
@@ -77,6 +79,7 @@ class Scheduler:
         self._preparing: list[Sequence] = []  # those of them that do not decode yet, oldest first
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap by age; finished ones are skipped
         self.num_waiting = self.num_preemptions = 0
+        self.admission_interval, self._steps_since_admission = admission_interval, admission_interval
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -161,6 +164,10 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int) -> int:
         """Start waiting sequences in order, as long as samples that have yet to fork keep their places."""
         num_admitted = 0
+        self._steps_since_admission += 1
+        is_busy = 2 * self.table.num_sequences >= self.max_num_seqs
+        if is_busy and self._steps_since_admission < self.admission_interval:
+            return 0
         while self._waiting and budget > 0:
             sequence = self._waiting[0][1]
             if sequence.status is not Status.WAITING:
@@ -173,6 +180,7 @@ class Scheduler:
             self.num_waiting -= 1
             self._run(sequence)
             num_admitted += 1
+            self._steps_since_admission = 0
             if not sequence.is_ready:
                 budget -= self._plan_chunk(batch, sequence, budget)
         return num_admitted
