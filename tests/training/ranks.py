@@ -165,11 +165,16 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-def start_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True) -> list[Any]:
-    """Processes that call `act(*arguments)` as ranks of `torchrun`, in their process group if `has_group`."""
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True) -> list[Any]:
+    """Processes that call `act(*arguments)` as ranks of `torchrun`, in their process group if `has_group`."""
+    port = free_port()
     processes = [CONTEXT.Process(target=_enter, args=(i, count, port, has_group, act, arguments)) for i in range(count)]
     for process in processes:
         process.start()

@@ -52,12 +52,13 @@ def test_grpo_with_the_engine(precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 @pytest.mark.parametrize("stage", ["align", "distill", "sft"])
-def test_a_divided_model_trains_as_a_whole_one(stage, precision, monkeypatch):
+def test_a_divided_model_trains_as_a_whole_one(stage, mixer, precision, monkeypatch):
     """One rank of NCCL and FSDP2, which is all that one GPU allows, against none."""
     losses = []
     for number in range(2):
-        student = tiny.model().to("cuda")
+        student = tiny.model(mixer).to("cuda")
         teacher, documents = tiny.teacher_of(student).to("cuda"), tiny.documents(8)
         sizes = SIZES | {"precision": precision}
         with ranks.process_group("cuda", 60) if number else contextlib.nullcontext():
@@ -69,7 +70,7 @@ def test_a_divided_model_trains_as_a_whole_one(stage, precision, monkeypatch):
                 result = sft(student, documents, SFTConfig(**sizes), progress=False)
             assert isinstance(student, FSDPModule) == bool(number)
         losses.append([record["loss"] for record in result.metrics])
-        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29533}
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks.free_port()}
         for name, value in place.items():
             monkeypatch.setenv(name, str(value))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if precision == "float32" else 1e-3)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from m1.conversion.weights import in_proj_slices, output_order
 from m1.modeling import M1ForCausalLM, SequenceLayout
+from m1.modeling.aligned_linear import split_rows
 from m1.modeling.mamba1 import Mamba1Mixer, inverse_softplus
 from m1.modeling.mamba2 import Mamba2Mixer
 
@@ -217,7 +218,7 @@ def _linear_attention(mixer: Mixer, record: _AttentionRecord, documents: list[sl
     """
     num_tokens = documents[-1].stop
     rotary = (record.rotary[0][:num_tokens], record.rotary[1][:num_tokens])
-    _, v, k, q, _ = mixer.in_proj(record.x[:num_tokens]).split(mixer.splits, dim=-1)
+    _, v, k, q, _ = split_rows(mixer.in_proj(record.x[:num_tokens]), mixer.splits)
     v, k, q = mixer.split_heads(v, k, q, rotary)
     repeats = q.shape[1] // k.shape[1]
     v, k = (t.repeat_interleave(repeats, dim=1) for t in (v, k))

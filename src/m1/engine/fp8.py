@@ -110,7 +110,7 @@ def quantize_model(model: M1ForCausalLM) -> None:
 def _replace_linears(module: nn.Module) -> None:
     """One by one, so that no weight is held twice for long."""
     for name, child in list(module.named_children()):
-        if type(child) is nn.Linear and name not in NOT_QUANTIZED:
+        if isinstance(child, nn.Linear) and name not in NOT_QUANTIZED:
             setattr(module, name, Fp8Linear(child))
         else:
             _replace_linears(child)

@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 def pack_linears(module: nn.Module) -> None:
     """Replace every linear layer below `module`, one by one, so that no weight is held twice for long."""
     for name, child in list(module.named_children()):
-        if type(child) is nn.Linear and name not in NOT_MODULES:
+        if isinstance(child, nn.Linear) and name not in NOT_MODULES:
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)

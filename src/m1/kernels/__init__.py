@@ -10,6 +10,7 @@ from m1.kernels.attention import paged_attention, rope_write_kv, varlen_attentio
 from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from m1.kernels.divergence import divergence_
 from m1.kernels.fp8 import fp8_linear, quantize_fp8, rms_norm_fp8, swiglu_fp8
+from m1.kernels.log_probs import log_prob_gradient_, token_log_probs
 from m1.kernels.mamba1_step import mamba1_step
 from m1.kernels.mamba2_step import mamba2_step
 from m1.kernels.norm import gated_rms_norm, rms_norm
@@ -25,6 +26,7 @@ __all__ = [
     "divergence_",
     "fp8_linear",
     "gated_rms_norm",
+    "log_prob_gradient_",
     "mamba1_step",
     "mamba2_step",
     "paged_attention",
@@ -40,6 +42,7 @@ __all__ = [
     "ssd_state_update",
     "swiglu",
     "swiglu_fp8",
+    "token_log_probs",
     "varlen_attention",
     "write_kv",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from m1.kernels import causal_conv1d, mamba1_step, rotary_state_heads, selective_scan
+from m1.modeling.aligned_linear import AlignedLinear, split_rows
 from m1.modeling.attention import RMSNorm
 from m1.modeling.configuration import M1Config
 from m1.modeling.state import ModelState, SequenceLayout
@@ -32,7 +33,7 @@ class Mamba1Mixer(nn.Module):
         self.num_heads = config.d_inner // config.d_state
         self.num_groups = config.d_xb // config.d_state
         self.splits = [config.d_inner, config.d_xb, config.d_xb, config.d_inner, config.dt_rank]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
+        self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
         channels = config.d_inner if config.repeat_kv_before_conv else config.d_xb
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
         self.dt_proj = nn.Linear(config.dt_rank, config.d_inner, bias=True)
@@ -62,7 +63,7 @@ class Mamba1Mixer(nn.Module):
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]. With a state, it goes on from `layout.slots` and leaves the new states there."""
-        z, v, k, q, dt = self.in_proj(x).split(self.splits, dim=-1)
+        z, v, k, q, dt = split_rows(self.in_proj(x), self.splits)
         v, k, q = self.split_heads(v, k, q, rotary)
         heads = (self.num_heads, self.config.d_state)
         # The bias enters inside the scan, added once and in fp32, beside the softplus.

@@ -6,6 +6,7 @@ Legend: T flat tokens, H query heads, G key/value heads, P head width, N d_state
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,11 @@ from m1.kernels import (
     ssd_scan,
     ssd_state_update,
 )
+from m1.modeling.aligned_linear import AlignedLinear, split_rows
 from m1.modeling.attention import RMSNorm
 from m1.modeling.configuration import M1Config
 from m1.modeling.mamba1 import inverse_softplus
 from m1.modeling.state import ModelState, SequenceLayout, conv_channels
-
-ROW_ALIGNMENT = 16  # elements: what Triton sees as aligned, and more than matrix products ask for
 
 
 class Mamba2Mixer(nn.Module):
@@ -37,7 +37,7 @@ class Mamba2Mixer(nn.Module):
         self.layer, self.config = layer, config
         self.num_heads = config.num_attention_heads
         self.splits = [config.d_inner, config.d_xb, config.d_xb, config.d_inner, self.num_heads]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
+        self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
         channels = conv_channels(config)
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
@@ -80,26 +80,9 @@ class Mamba2Mixer(nn.Module):
             return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.norm.eps).flatten(1))
         return self.out_proj((y * nn.functional.silu(z)).flatten(1))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [T, d_inner], convolution's channels [T, 2·d_xb + d_inner], dt [T, H]: views of one projection.
-
-        The step sizes make its rows an odd number of elements long. On a GPU kernels then read them in pieces of two bytes, so
-        in training, where a copy of the weight costs little beside the tokens, rows are padded.
-        """
-        widths = [self.splits[0], sum(self.splits[1:4]), self.num_heads]
-        padding = -sum(widths) % ROW_ALIGNMENT
-        if not (padding and torch.is_grad_enabled() and self.is_padding(x)):
-            z, vkq, dt = self.in_proj(x).split(widths, dim=-1)
-            return z, vkq, dt
-        bias = None if self.in_proj.bias is None else nn.functional.pad(self.in_proj.bias, (0, padding))
-        rows = nn.functional.linear(x, nn.functional.pad(self.in_proj.weight, (0, 0, 0, padding)), bias)
-        z, vkq, dt, _ = rows.split([*widths, padding], dim=-1)
-        return z, vkq, dt
-
-    @staticmethod
-    def is_padding(x: Tensor) -> bool:
-        """Whether the alignment of rows matters where x is."""
-        return x.is_cuda
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
+        """z [T, d_inner], convolution's channels [T, 2·d_xb + d_inner], dt [T, H]: views of one projection."""
+        return split_rows(self.in_proj(x), [self.splits[0], sum(self.splits[1:4]), self.num_heads])
 
     def split_heads(self, v: Tensor, k: Tensor, q: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved x, B, C, [T, d_xb], [T, d_xb], [T, d_inner] -> [T, G, P], [T, G, N], [T, H, N], normed and rotated."""

@@ -2,8 +2,8 @@
 
 A chunk's logits are made, turned into their own gradient in place, and multiplied back into the gradients of the hidden
 states and of the head within the forward pass, so nothing is recomputed: three products with the head a token, as in the
-naive version. Between the two products the softmax arithmetic is one kernel on a GPU, for imitation, and runs on blocks of
-rows small enough for its cache on a CPU.
+naive version. Between the two products the softmax arithmetic is a kernel or two on a GPU, and runs on blocks of rows small
+enough for its cache on a CPU.
 What is summed per token is said by a `TokenLoss`; the ones for imitation (cross-entropy, KL) live here, GRPO's in
 `policy_loss.py`. Callers select the positions that count before the head and divide by the number of tokens of the step.
 
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from m1.kernels import divergence_
+from m1.kernels import divergence_, token_log_probs
 from m1.modeling import M1ForCausalLM
 from m1.training.packing import PackedBatch
 
@@ -57,7 +57,7 @@ def head_loss(token_loss: TokenLoss, student: Head, teacher: Head | None = None)
 def target_states(model: M1ForCausalLM, batch: PackedBatch) -> Head:
     """The hidden states that predict the batch's targets [N, hidden], and the head: what losses take. Prompts cost no head."""
     hidden = model.packed_states(batch.input_ids, batch.layout)
-    return hidden[batch.target_positions], model.lm_head.weight
+    return hidden.index_select(0, batch.target_positions), model.lm_head.weight
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -185,7 +185,7 @@ class TokenLogProbs:
     """
 
     names: tuple[str, ...] = ("log_probs", "entropy")
-    takes_any_dtype = False
+    takes_any_dtype = True
 
     def __init__(self, targets: Tensor, temperature: float = 1.0) -> None:
         self.targets, self.temperature = targets, temperature
@@ -195,24 +195,9 @@ class TokenLogProbs:
         self, logits: Tensor, teacher: Tensor | None, rows: slice, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         assert not wants_gradient, "TokenLogProbs has no gradient: call it under torch.no_grad()"
-        log_probs, _, entropy = log_softmax_and_entropy(logits, self.temperature)
-        self.log_probs[rows] = log_probs.gather(1, self.targets[rows, None]).squeeze(1)
-        self.entropy[rows] = entropy
-        return torch.stack([self.log_probs[rows].sum(), entropy.sum()]), None
-
-
-def log_softmax_and_entropy(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of softmax(logits / temperature): log-probs [R, V], probs [R, V], entropy [R]. Overwrites the logits."""
-    if temperature != 1.0:
-        logits = logits.div_(temperature)
-    log_probs = torch.log_softmax(logits, -1)
-    probs = torch.exp(log_probs, out=logits)
-    return log_probs, probs, -torch.linalg.vecdot(probs, log_probs)
-
-
-def subtract_at(values: Tensor, columns: Tensor, amount: float | Tensor) -> Tensor:
-    """values[r, columns[r]] -= amount, in place."""
-    return values.scatter_add_(1, columns, values.new_full(columns.shape, -1.0) * amount)
+        of_rows = token_log_probs(logits, self.targets[rows], temperature=self.temperature)
+        self.log_probs[rows], self.entropy[rows] = of_rows[:, 0], of_rows[:, 1]
+        return of_rows[:, :2].sum(0), None
 
 
 def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> Head:

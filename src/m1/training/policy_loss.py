@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from m1.training.losses import log_softmax_and_entropy, subtract_at
+from m1.kernels import log_prob_gradient_, token_log_probs
 from m1.training.packing import move
 
 
@@ -44,7 +44,7 @@ class PolicyLoss:
     """
 
     names: tuple[str, ...] = ("loss", "entropy", "kl", "clipped", "gap", "importance")
-    takes_any_dtype = False
+    takes_any_dtype = True
 
     def __init__(
         self,
@@ -67,18 +67,13 @@ class PolicyLoss:
         self, logits: Tensor, teacher: Tensor | None, rows: slice, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See `losses.TokenLoss`."""
-        targets = self.tokens.targets[rows, None]
-        all_log_probs, probs, entropy = log_softmax_and_entropy(logits, self.temperature)
-        sums, slope = self._of_tokens(all_log_probs.gather(1, targets).squeeze(1), entropy, rows)
+        targets = self.tokens.targets[rows]
+        of_rows = token_log_probs(logits, targets, temperature=self.temperature)
+        sums, slope = self._of_tokens(of_rows[:, 0], of_rows[:, 1], rows)
         if not wants_gradient:
             return sums, None
-        # With z = logits / temperature: dlogp/dz = onehot - p, dH/dz = -p · (log p + H).
-        if self.entropy_weight:
-            factors = all_log_probs.add_(entropy[:, None]).mul_(self.entropy_weight).sub_(slope[:, None])
-        else:
-            factors = -slope[:, None]
-        gradient = subtract_at(probs.mul_(factors), targets, -slope[:, None])
-        return sums, gradient if self.temperature == 1.0 else gradient.div_(self.temperature)
+        options = {"entropy_slope": -self.entropy_weight, "temperature": self.temperature}
+        return sums, log_prob_gradient_(logits, targets, of_rows, slope, **options)
 
     def _of_tokens(self, log_probs: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """From log-probs and entropies [R]: the sums [6], and d loss / d log-prob [R], the entropy term aside."""

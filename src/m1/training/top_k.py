@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m1.training.losses import subtract_at
 from m1.training.packing import move
 
 # Log-probs below this count as this: ratios of probabilities stay finite in fp32, and -inf (an empty tail) is no exception.
@@ -88,7 +87,8 @@ class TopKDivergence:
         factors = slope[:, -1:].expand_as(mine).scatter(1, ids, slope[:, :-1])
         gradient = mine.exp().mul_(factors).mul_((1 - self.ce_weight) / self.temperature)
         if self.ce_weight:
-            gradient = subtract_at(gradient.add_(plain.exp(), alpha=self.ce_weight), targets, self.ce_weight)
+            gradient.add_(plain.exp(), alpha=self.ce_weight)
+            gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -self.ce_weight))
         return sums, gradient
 
     def _recorded(self, rows: slice) -> Tensor:

@@ -1,23 +1,30 @@
-"""The Mamba-2 mixer alone: a GPU agrees with a CPU (kernels, padded projection), prefill and steps with the plain forward."""
+"""The mixers alone: a GPU agrees with a CPU (kernels, padded projection), prefill and steps with the plain forward."""
 
 import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m1.modeling import M1Config, SequenceLayout
+from m1.modeling.aligned_linear import AlignedLinear
 from m1.modeling.configuration import LINEAR_ATTENTION
-from m1.modeling.mamba2 import Mamba2Mixer
+from m1.modeling.hybrid import MIXER_CLASSES
 from m1.modeling.rotary import RotaryEmbedding
 from m1.modeling.state import ModelState
 from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
 
-VARIANTS = {"plain": {}, "gate alone": {"output_norm": False, "conv_activation": None, "mixer_bias": True}}
-VARIANTS["rope and norms"] = {"mixer_rope": True, "qk_norm": True}
+VARIANTS = {
+    "mamba1": {"mixer": "mamba1"},
+    "mamba1, biases": {"mixer": "mamba1", "conv_activation": None, "mixer_bias": True},
+    "mamba1, rope and norms": {"mixer": "mamba1", "mixer_rope": True, "qk_norm": True},
+    "mamba2": {"mixer": "mamba2"},
+    "mamba2, gate alone": {"mixer": "mamba2", "output_norm": False, "conv_activation": None, "mixer_bias": True},
+    "mamba2, rope and norms": {"mixer": "mamba2", "mixer_rope": True, "qk_norm": True},
+}
 
 
-def make_mixer(**options: object) -> Mamba2Mixer:
+def make_mixer(**options: object) -> nn.Module:
     """9 heads: the rows of in_proj are an odd number of elements long."""
     torch.manual_seed(0)
     config = M1Config(
@@ -26,13 +33,12 @@ def make_mixer(**options: object) -> Mamba2Mixer:
         num_key_value_heads=3,
         num_hidden_layers=1,
         layer_types=[LINEAR_ATTENTION],
-        mixer="mamba2",
         **options,
     )
-    return Mamba2Mixer(config, 0)
+    return MIXER_CLASSES[config.mixer](config, 0)
 
 
-def run(mixer: Mamba2Mixer, x: Tensor, lengths: list[int], upstream: Tensor) -> dict[str, Tensor]:
+def run(mixer: nn.Module, x: Tensor, lengths: list[int], upstream: Tensor) -> dict[str, Tensor]:
     """Output and gradients of packed documents."""
     device = x.device
     layout = SequenceLayout.from_lengths(lengths, device)
@@ -49,7 +55,7 @@ def test_padding_rows_changes_nothing(options: dict, monkeypatch: pytest.MonkeyP
     x, upstream = torch.randn(30, 144), torch.randn(30, 144)
     expected = run(mixer, x, lengths, upstream)
     padded_rows = []
-    monkeypatch.setattr(Mamba2Mixer, "is_padding", staticmethod(lambda x: padded_rows.append(len(x)) or True))
+    monkeypatch.setattr(AlignedLinear, "is_padding", staticmethod(lambda x: padded_rows.append(len(x)) or True))
     actual = run(mixer, x, lengths, upstream)
     assert padded_rows == [30]
     errors = {name: rel_rms(actual[name], tensor) for name, tensor in expected.items()}
