@@ -1,0 +1,121 @@
+"""The comparison of hybrids (benchmarks/ablation.py) on a model of seconds, and the split of problems that it relies on."""
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from m1.modeling.loading import load_config
+from m1.reasoning.problems import Problem, read_problems
+from tests.training.tiny import byte_tokenizer
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import ablation
+import hybrid_arms
+import split_problems
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(hybrid_arms, "SPEED_TOKENS", 4)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A Transformer, samples, problems to choose by, and a recipe."""
+    path = tmp_path_factory.mktemp("ablation")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes, **heads)
+    LlamaForCausalLM(config).save_pretrained(path / "teacher")
+    tokenizer.save_pretrained(path / "teacher")
+    generator, rows = random.Random(0), []
+    for number in range(400):
+        a, b = generator.randint(1, 99), generator.randint(1, 99)
+        rows.append({"problem": f"{a} + {b} ={number}", "prompt": f"{a} + {b} =", "completion": f"\\boxed{{{a + b}}}"})
+    with gzip.open(path / "samples.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "dev.jsonl").write_text('{"id": "a", "problem": "1 + 1 =", "answer": "2"}\n')
+    (path / "recipe.toml").write_text('[distill]\nfrozen = ["embeddings", "attention"]\n')
+    return path
+
+
+def arguments(place: Path, out: Path, *more: str) -> list[str]:
+    files = ["--teacher", place / "teacher", "--data", place / "samples.jsonl.gz", "--dev", place / "dev.jsonl"]
+    sizes = "--align-tokens 256 --distill-tokens 512 --tokens-per-step 256 --tokens-per-batch 256 --max-length 128"
+    tokens = "--calibration-tokens 256 --held-out-tokens 60 --selection-tokens 20 --max-new-tokens 4 --num-seqs 2"
+    where = ["--recipe", place / "recipe.toml", "--work", out.parent / "work", "--out", out, "--device", "cpu"]
+    return [*map(str, files), *sizes.split(), *tokens.split(), *map(str, where), *more]
+
+
+def test_arms_are_made_measured_and_not_made_twice(place, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    only = ["--mixers", "mamba2", "--only", "teacher|start improved|mamba2 even|mamba2 selected"]
+    ablation.main(arguments(place, out, *only))
+    content = json.loads(out.read_text())
+    rows = content["rows"]
+    assert list(rows) == ["teacher", "mamba2 start improved", "mamba2 even", "mamba2 selected"]
+    assert rows["teacher"]["attention_layers"] == [0, 1, 2, 3] and "kl" not in rows["teacher"]
+    assert rows["mamba2 even"]["attention_layers"] == [3] and len(rows["mamba2 selected"]["attention_layers"]) == 1
+    assert load_config(tmp_path / "work" / "distilled-mamba2-even").attention_layers == [3]
+    for name in list(rows)[1:]:
+        assert rows[name]["kl"] > 0 and 0 <= rows[name]["agreement"] <= 1 and rows[name]["state_bytes"] > 0
+        assert rows[name]["decode"]["tokens_per_second"] > 0 and rows[name]["dev"]["num_problems"] == 1
+    assert rows["mamba2 even"]["distill"]["tokens"] > 256 and len(rows["mamba2 even"]["distill"]["curve"]) == 2
+    assert (tmp_path / "work" / "records" / "mamba2-even.jsonl.gz").is_file()
+    capsys.readouterr()
+    ablation.main(arguments(place, out, *only))
+    assert "mamba2" not in capsys.readouterr().out and json.loads(out.read_text()) == content
+    with pytest.raises(ValueError, match=r"align_tokens = 256\.0, not 512\.0"):
+        ablation.main(arguments(place, out, "--align-tokens", "512"))
+
+
+def test_the_restored_layers_are_the_transformers_and_shared_with_nobody(place, tmp_path):
+    bench = ablation.Bench(ablation.parse(arguments(place, tmp_path / "x.json")))
+    hybrid = bench.restore(bench.convert("mamba1", "improved", []), "mamba1", [2])
+    own, given = hybrid.model.layers[2].self_attn.q_proj.weight, bench.exact.model.layers[2].self_attn.q_proj.weight
+    assert torch.equal(own, given) and own.data_ptr() != given.data_ptr()
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter.zero_()
+    assert all(parameter.any() for name, parameter in bench.exact.named_parameters() if "bias" not in name)
+
+
+def test_what_measures_kl_does_not_choose_layers(place, tmp_path):
+    bench = ablation.Bench(ablation.parse(arguments(place, tmp_path / "x.json")))
+    choosing, measuring = ({tuple(d.token_ids) for d in some} for some in (bench.for_selection, bench.for_measuring))
+    assert choosing and measuring and not choosing & measuring
+
+
+def test_a_row_that_takes_too_long_is_passed_over(place, tmp_path, capsys):
+    ablation.main(arguments(place, tmp_path / "x.json", "--seconds", "1", "--only", "mamba2 even", "--mixers", "mamba2"))
+    assert "mamba2 even              passed over" in capsys.readouterr().out
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_problems_are_held_out_by_their_text(tmp_path):
+    problems = [Problem(str(number), f"What is {number % 90}?", "1") for number in range(100)]
+    dev, rest = split_problems.split(problems, 20)
+    assert len(dev) + len(rest) == 100 and 20 <= len(dev) <= 21
+    assert not {problem.problem for problem in dev} & {problem.problem for problem in rest}
+    shuffled = random.Random(1).sample(problems, 100)
+    assert {problem.id for problem in split_problems.split(shuffled, 20)[0]} == {problem.id for problem in dev}
+    with pytest.raises(ValueError, match="expected 1 to 99"):
+        split_problems.split(problems, 100)
+
+
+def test_the_split_is_written_as_problems(tmp_path, monkeypatch):
+    lines = [{"problem": f"What is {number}?", "answer": "" if number == 3 else "1"} for number in range(10)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["split", str(tmp_path / "set.jsonl"), "--held-out", "4", "--out", str(tmp_path)])
+    split_problems.main()
+    dev, rest = (read_problems(tmp_path / f"set_{name}.jsonl") for name in ("dev", "rest"))
+    assert (len(dev), len(rest)) == (4, 5) and "What is 3?" not in {problem.problem for problem in dev + rest}
