@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.training.align import align
 from m1.training.distill import distill
-from m1.training.distributed import is_first
+from m1.training.distributed import is_first, local_device
 from m1.training.distributed import ranks as process_group
 from m1.training.grpo import grpo
 from m1.training.loop import train
@@ -109,11 +109,12 @@ def cached(teacher: M1ForCausalLM, directory: Path) -> CachedTeacher:
     )
 
 
-def run_case(name: str, out: Path) -> None:
+def run_case(name: str, out: Path, device_name: str = "cpu") -> None:
     """Run a case on however many ranks there are; the first writes its weights and metrics into `out`."""
     stage, fields, of_model = CASES[name]
-    student = tiny.model(attention=(1,), layers=3, **of_model)
-    teacher = tiny.model(attention=(0, 1, 2), layers=3, seed=1)
+    fields, device = fields | {"device": device_name}, local_device(device_name)
+    student = tiny.model(attention=(1,), layers=3, **of_model).to(device)
+    teacher = tiny.model(attention=(0, 1, 2), layers=3, seed=1).to(device)
     if stage != "sft":
         student.load_state_dict(teacher.state_dict(), strict=False)
     documents = tiny.documents(40)
@@ -140,9 +141,9 @@ def run_case(name: str, out: Path) -> None:
         (out / f"{name}.json").write_text(json.dumps(result.metrics))
 
 
-def run_all_cases(out: Path) -> None:
-    for name in CASES:
-        run_case(name, out)
+def run_cases(names: Sequence[str], out: Path, device_name: str = "cpu") -> None:
+    for name in names:
+        run_case(name, out, device_name)
 
 
 def read_case(name: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -152,7 +153,7 @@ def read_case(name: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[
 def run_sft(out: Path, fields: dict[str, Any], stage: type[SFTStage] = SFTStage) -> None:
     """A run of `m1 sft` in `out`, begun or resumed, to the exported model."""
     config = SFTConfig(out=str(out), **RUN | fields)
-    model = tiny.model()
+    model = tiny.model().to(local_device(config.device))
     select_trainable(model, config.frozen)
     directory = RunDirectory("sft", config)
     directory.create()
@@ -172,18 +173,26 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True) -> list[Any]:
-    """Processes that call `act(*arguments)` as ranks of `torchrun`, in their process group if `has_group`."""
+def start_ranks(
+    count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True, device: str = "cpu"
+) -> list[Any]:
+    """Processes that call `act(*arguments)` as ranks of `torchrun`, in their process group if `has_group`.
+
+    device: "cuda" gives each rank a GPU of its own, and NCCL.
+    """
     port = free_port()
-    processes = [CONTEXT.Process(target=_enter, args=(i, count, port, has_group, act, arguments)) for i in range(count)]
+    processes = [
+        CONTEXT.Process(target=_enter, args=(i, count, port, device if has_group else None, act, arguments))
+        for i in range(count)
+    ]
     for process in processes:
         process.start()
     return processes
 
 
-def run_ranks(count: int, act: Callable[..., None], *arguments: Any, has_group: bool = True) -> None:
-    """`act(*arguments)` on `count` ranks, until all have succeeded."""
-    processes = start_ranks(count, act, *arguments, has_group=has_group)
+def run_ranks(count: int, act: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """`act(*arguments)` on `count` ranks, until all have succeeded; options as for `start_ranks`."""
+    processes = start_ranks(count, act, *arguments, **options)
     join(processes)
     assert [process.exitcode for process in processes] == [0] * count
 
@@ -198,11 +207,11 @@ def join(processes: list[Any], timeout: float = 120.0) -> None:
             process.join()
 
 
-def _enter(number: int, count: int, port: int, has_group: bool, act: Callable[..., None], arguments: tuple) -> None:
+def _enter(number: int, count: int, port: int, group_on: str | None, act: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
     if count > 1:
         place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ.update({name: str(value) for name, value in place.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with process_group("cpu", 60.0) if has_group else nullcontext():
+    with process_group(group_on, 60.0) if group_on else nullcontext():
         act(*arguments)

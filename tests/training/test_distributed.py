@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two-ranks")
-    ranks.run_ranks(2, ranks.run_all_cases, out)
+    ranks.run_ranks(2, ranks.run_cases, list(ranks.CASES), out)
     return out
 
 
