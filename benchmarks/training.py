@@ -74,7 +74,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 # Packed tokens of one forward and backward, and whether activations are recomputed, on a GPU of 80 GB.
-BATCHES = {"135m": (32768, False), "0.5b": (32768, False), "3b": (8192, True)}
+BATCHES = {"135m": (65536, False), "0.5b": (32768, False), "3b": (8192, True)}
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,10 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, counts: bool = True) -> Policy
         ],
         counts=counts,
     )
-    advantages = [rollout.advantage for rollout in rollouts for _ in rollout.sample.token_ids]
-    log_probs = [value for rollout in rollouts for value in rollout.sample.log_probs]
-    return PolicyBatch(packed, PolicyTokens(packed.targets, torch.tensor(advantages), torch.tensor(log_probs)))
+    lengths = [len(rollout.sample.token_ids) for rollout in rollouts]
+    advantages = np.repeat(np.array([rollout.advantage for rollout in rollouts], dtype=np.float32), lengths)
+    log_probs = np.concatenate([np.array(rollout.sample.log_probs, dtype=np.float32) for rollout in rollouts])
+    return PolicyBatch(packed, PolicyTokens(packed.targets, torch.from_numpy(advantages), torch.from_numpy(log_probs)))
 
 
 def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: GRPOConfig) -> list[int]:
