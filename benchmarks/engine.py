@@ -255,7 +255,7 @@ def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
         engine.step()
     found = profile(engine.step, 20)
     found.show()
-    engine._drop_all(RuntimeError("measured"))
+    engine._core.drop_all(RuntimeError("measured"))
     return asdict(found)
 
 
@@ -274,7 +274,7 @@ class StepWatch:
         engine.step()
         self.seconds.append(time.perf_counter() - start)
         graphs = engine.runner._graphs
-        batch = engine._in_flight[-1][0] if engine._in_flight else None
+        batch = engine._core.in_flight[-1][0] if engine._core.in_flight else None
         note = f"capture {graphs.num_captured - num_captured} " if graphs and graphs.num_captured > num_captured else ""
         if batch is not None:
             prefill = sum(chunk.end - chunk.start for chunk in batch.prefill)

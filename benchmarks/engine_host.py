@@ -18,7 +18,7 @@ import torch
 from engine import Case, requests_of
 
 from m1.engine import Engine
-from m1.engine.llm import ADMISSION_INTERVAL
+from m1.engine.core import ADMISSION_INTERVAL
 from m1.modeling import M1Config, M1ForCausalLM
 
 

@@ -1,11 +1,9 @@
 """`Engine`: the way in. Takes prompts, steps until they are completed, hands out completions; streams, aborts, new weights.
 
-A step is: take in what arrived, plan (scheduler), launch (runner), read an earlier step's tokens (scheduler), see who is done
-(outputs). Planning, memory, the model and text each have a file of their own; here they only meet.
+The step itself is in core.py; planning, memory, the model and text each have a file of their own.
 """
 
 import contextlib
-import logging
 import threading
 import time
 from collections import deque
@@ -20,27 +18,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from m1.engine import streaming
-from m1.engine.cache import StateCache
 from m1.engine.capacity import plan_capacity
+from m1.engine.core import EngineCore
 from m1.engine.fp8 import FP8
 from m1.engine.metrics import Metrics
 from m1.engine.outputs import OutputProcessor
 from m1.engine.prompts import Prompt, RequestFactory
-from m1.engine.runner import ModelRunner
 from m1.engine.sampling_params import SamplingParams
-from m1.engine.scheduler import Batch, Scheduler
 from m1.engine.sequence import Completion, Delta, Request
-from m1.engine.transfer import Download
-from m1.engine.weights import copy_weights, load_for_sampling, sampling_copy
+from m1.engine.weights import copy_weights, prepare_model
 from m1.modeling.hybrid import M1ForCausalLM
-from m1.modeling.loading import load_tokenizer
-
-logger = logging.getLogger(__name__)
-
-# Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
-STEPS_AHEAD = {"cpu": 0, "cuda": 2}
-# Steps between admissions to an engine that is at least half full. A prefill is launched kernel by kernel.
-ADMISSION_INTERVAL = {"cpu": 1, "cuda": 16}
 
 
 class Engine:
@@ -87,19 +74,10 @@ class Engine:
             raise ValueError(f"quantization: expected None or 'fp8', given {quantization!r}")
         if kv_cache_dtype not in ("auto", "fp8"):
             raise ValueError(f"kv_cache_dtype: expected 'auto' or 'fp8', given {kv_cache_dtype!r}")
-        self._source: M1ForCausalLM | None = None  # the trainer's model, if the sampler has a copy of it
-        if isinstance(model, (str, Path)):
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = load_for_sampling(model, dtype, device or "cpu", quantization is not None)
-        else:
-            if device is not None and torch.device(device).type != model.device.type:
-                raise ValueError(f"device: the model is on {model.device}, given {device}; move the model first")
-            own_dtype = model.model.embed_tokens.weight.dtype
-            if dtype not in (None, own_dtype) or quantization is not None:
-                self._source, model = model, sampling_copy(model, dtype or own_dtype, quantization is not None)
+        # _source: the trainer's model, if the sampler has a copy of it
+        self.model, self.tokenizer, self._source = prepare_model(model, tokenizer, dtype, device, quantization is not None)
         kv_dtype = FP8 if kv_cache_dtype == "fp8" else None
-        weight, config = model.model.embed_tokens.weight, model.config
-        self.model, self.tokenizer = model, tokenizer
+        weight, config = self.model.model.embed_tokens.weight, self.model.config
         self.capacity = plan_capacity(
             config,
             weight.device,
@@ -115,38 +93,24 @@ class Engine:
             keeps_prefixes=enable_prefix_caching,
             kv_dtype=kv_dtype,
         )
-        size = self.capacity
-        self.cache = StateCache(
-            size.num_slots,
-            size.num_pages,
-            page_size,
-            needs_state=bool(config.mixer_layers),
-            needs_pages=bool(config.attention_layers),
+        self._core = EngineCore(
+            self.model,
+            self.capacity,
+            OutputProcessor(self.tokenizer),
             keeps_prefixes=enable_prefix_caching,
-        )
-        self.scheduler = Scheduler(
-            self.cache, size.max_num_seqs, size.max_num_batched_tokens, ADMISSION_INTERVAL[weight.device.type]
-        )
-        self.runner = ModelRunner(
-            model,
-            num_slots=size.num_slots,
-            num_pages=size.num_pages,
-            page_size=page_size,
-            max_model_len=size.max_model_len,
+            num_steps_ahead=num_steps_ahead,
             state_dtype=state_dtype,
             kv_dtype=kv_dtype,
             uses_graphs=weight.is_cuda and not enforce_eager,
         )
-        self.num_steps_ahead = STEPS_AHEAD[weight.device.type] if num_steps_ahead is None else num_steps_ahead
-        self._in_flight: deque[tuple[Batch, Download]] = deque()  # steps launched and not yet read, oldest first
-        self.outputs = OutputProcessor(tokenizer)
-        self._factory = RequestFactory(tokenizer, config.vocab_size, _eos_ids(model, tokenizer), size.max_model_len)
-        self._lock = threading.Lock()  # held while a step runs: whoever holds it may touch scheduler, cache and runner
+        self.cache, self.scheduler, self.runner = self._core.cache, self._core.scheduler, self._core.runner
+        eos_ids = _eos_ids(self.model, self.tokenizer)
+        self._factory = RequestFactory(self.tokenizer, config.vocab_size, eos_ids, self.capacity.max_model_len)
+        self._lock = threading.Lock()  # held while a step runs: whoever holds it may touch the core
         self._inbox: deque[Callable[[], None]] = deque()  # what arrived meanwhile
         self._driver = streaming.Driver(self)
         self.is_closed = False
-        self._num_steps = self._num_prompt_tokens = self._num_generated = 0
-        self._seconds = 0.0
+        self._num_prompt_tokens, self._seconds = 0, 0.0
 
     def generate(
         self, prompts: list[Prompt], params: SamplingParams | list[SamplingParams], *, progress: bool = False
@@ -226,19 +190,12 @@ class Engine:
         """
         if request.is_finished:
             return
-        self._inbox.append(lambda: self._abort(request))
+        self._inbox.append(partial(self._core.abort, request))
         if self._lock.acquire(blocking=False):
             try:
                 self._receive()
             finally:
                 self._lock.release()
-
-    def _abort(self, request: Request) -> None:
-        for sequence in self.scheduler.sequences_of(request):
-            self.scheduler.finish(sequence)
-            self.outputs.close(sequence, "abort")
-            for index in sequence.pending:
-                self.outputs.close_unborn(request, index)
 
     def _receive(self) -> None:
         while self._inbox:
@@ -260,71 +217,8 @@ class Engine:
             self._require_open()
             start = time.perf_counter()
             self._receive()
-            try:
-                batch = self.scheduler.schedule()
-                if not batch.is_empty:
-                    self._in_flight.append((batch, self.runner.launch(batch)))
-                    self.scheduler.advance(batch)
-                # Where there is nothing to compute, wait for the oldest step: its tokens end sequences or let others start.
-                num_ahead = self.num_steps_ahead if batch.num_tokens else max(0, len(self._in_flight) - 1)
-                while len(self._in_flight) > num_ahead:
-                    self._read_step(*self._in_flight.popleft())
-            except torch.OutOfMemoryError as error:
-                if not self._make_room():
-                    self._drop_all(error)
-                    raise
-            except BaseException as error:
-                self._drop_all(error)
-                raise
-            if self.scheduler.is_idle:
-                self._in_flight.clear()  # computed for sequences that have ended
-            self._num_steps += 1
+            self._core.step()
             self._seconds += time.perf_counter() - start
-
-    def _read_step(self, batch: Batch, results: Download) -> None:
-        """Enter a step's tokens, and end the sequences that are done."""
-        if not len(batch.slots):
-            return
-        tokens, logprobs, *top = results.read()
-        num_taken, news = self.scheduler.receive(batch, tokens, logprobs)
-        self._num_generated += num_taken
-        for item in news:
-            count = item.sequence.request.params.logprobs
-            alternatives = None
-            if count:
-                values, ids = (array[item.place, :count].tolist() for array in top)
-                alternatives = dict(zip(ids, values, strict=True))
-            reason = self.outputs.take(item, alternatives)
-            if reason is not None:
-                self.scheduler.finish(item.sequence)
-                self.outputs.close(item.sequence, reason)
-
-    def _make_room(self) -> bool:
-        """After a step that found no memory for its activations: recompute everything in smaller steps from now on.
-
-        False if steps are as small as they can be.
-        """
-        if not self.scheduler.shrink():
-            return False
-        logger.warning(
-            "out of memory: from now on at most %d sequences and %d tokens a step, running ones are recomputed; "
-            "a lower memory_fraction leaves more to activations",
-            self.scheduler.max_num_seqs,
-            self.scheduler.max_num_batched_tokens,
-        )
-        self._in_flight.clear()
-        self.scheduler.preempt_all()
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return True
-
-    def _drop_all(self, error: BaseException | None) -> None:
-        """After a step that failed half-way, states are undefined: end every request and forget every prefix."""
-        self._in_flight.clear()
-        for request in {s.request.number: s.request for s in (*self.scheduler.running, *self.scheduler.waiting)}.values():
-            request.error = error
-            self._abort(request)
-        self.cache.forget_prefixes()
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
         """Sample from changed weights from now on.
@@ -339,16 +233,13 @@ class Engine:
                 copy_weights(named_parameters, self.model)
             elif self._source is not None:
                 copy_weights(self._source.named_parameters(), self.model)
-            self.runner.weights_changed()
-            self.scheduler.preempt_all()
+            self._core.weights_changed()
 
     def sleep(self) -> None:
         """Free the memory of states and pages until `wake`. Running sequences will be recomputed; stepping meanwhile wakes."""
         with self._lock:
             self._require_open()
-            self.scheduler.preempt_all()
-            self.cache.take_moves()
-            self.runner.free()
+            self._core.sleep()
 
     def wake(self) -> None:
         """Take the memory of states and pages again."""
@@ -365,10 +256,10 @@ class Engine:
             if self.is_closed:
                 return
             self._receive()
-            self._drop_all(None)
+            self._core.drop_all(None)
             self.is_closed, self._source = True, None
             self.runner.free()
-            del self.runner, self.model
+            del self._core.runner, self.runner, self.model
 
     def __enter__(self) -> "Engine":
         return self
@@ -382,19 +273,7 @@ class Engine:
 
     @property
     def metrics(self) -> Metrics:
-        num_pages, num_running = self.cache.pages.num_pages, len(self.scheduler.running)
-        return Metrics(
-            num_running=num_running,
-            num_waiting=self.scheduler.num_waiting,
-            num_steps=self._num_steps,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_prefix_tokens=self.cache.num_prefix_tokens,
-            num_generated_tokens=self._num_generated,
-            seconds=self._seconds,
-            page_use=1 - self.cache.num_available_pages / num_pages if num_pages else 0.0,
-            slot_use=num_running / self.cache.slots.num_slots,
-        )
+        return self._core.metrics(self._num_prompt_tokens, self._seconds)
 
 
 def _eos_ids(model: M1ForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -7,16 +7,39 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
 from m1.modeling.hybrid import M1ForCausalLM
-from m1.modeling.loading import load_config, load_model
+from m1.modeling.loading import load_config, load_model, load_tokenizer
 
 # Few numbers with exponentials behind them: rounding them would change the dynamics, and the kernels take them in fp32.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", "mixer.D")
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def prepare_model(
+    model: M1ForCausalLM | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    is_quantized: bool,
+) -> tuple[M1ForCausalLM, PreTrainedTokenizerBase | None, M1ForCausalLM | None]:
+    """The model to sample from, its tokenizer, and the model that it is a copy of, if it is one.
+
+    model: one whose weights are shared where dtype allows and nothing is quantized, or a checkpoint, which lends its tokenizer
+    if none is given. Raises ValueError for a device that is not the given model's.
+    """
+    if isinstance(model, (str, Path)):
+        return load_for_sampling(model, dtype, device or "cpu", is_quantized), tokenizer or load_tokenizer(model), None
+    if device is not None and torch.device(device).type != model.device.type:
+        raise ValueError(f"device: the model is on {model.device}, given {device}; move the model first")
+    own_dtype = model.model.embed_tokens.weight.dtype
+    if dtype in (None, own_dtype) and not is_quantized:
+        return model, tokenizer, None
+    return sampling_copy(model, dtype or own_dtype, is_quantized), tokenizer, model
 
 
 def sampling_copy(model: M1ForCausalLM, dtype: torch.dtype, is_quantized: bool = False) -> M1ForCausalLM:
