@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import transformers
-from hybrid_arms import Bench, curve
+from hybrid_arms import Bench, add_options, curve
 
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import choose_device, load_model
@@ -172,17 +172,14 @@ def training_facts(result: TrainResult, metric: str) -> dict[str, Any]:
 
 
 def all_rows(bench: Bench, options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
-    yield Row("teacher", 0, lambda: (bench.exact, {}))
+    yield Row("teacher", 0, lambda: (bench.teacher, {}))
     for mixer in options.mixers:
         yield from Arms(bench, mixer, clock).rows()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="the Transformer: a directory or hub name")
-    parser.add_argument("--data", nargs="+", required=True, help="its samples: files or directories of m1 sample")
-    parser.add_argument("--dev", required=True, help="problems to choose by: JSON lines")
-    parser.add_argument("--dev-problems", type=int, default=0, help="only the first so many; 0: all")
+    add_options(parser)
     parser.add_argument("--recipe", required=True, help="where [align] and [distill] are; steps and batches come from here")
     parser.add_argument("--mixers", nargs="+", choices=("mamba1", "mamba2"), default=["mamba1", "mamba2"])
     parser.add_argument("--only", default="", help="a regular expression: only rows of such names")
@@ -190,15 +187,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--align-tokens", type=float, default=4e6)
     parser.add_argument("--distill-tokens", type=float, default=10e6)
     parser.add_argument("--tokens-per-step", type=int, default=32768)
-    parser.add_argument("--tokens-per-batch", type=int, default=32768)
-    parser.add_argument("--max-length", type=int, default=1536, help="of a document")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--held-out-tokens", type=int, default=100_000, help="targets that KL is measured on")
-    parser.add_argument("--selection-tokens", type=int, default=50_000, help="targets that layers are chosen by")
-    parser.add_argument("--max-new-tokens", type=int, default=768, help="of an answer to a problem of --dev")
-    parser.add_argument("--num-seqs", type=int, default=512, help="sequences that the engine runs at once")
     parser.add_argument("--seconds", type=float, default=0.0, help="time for all; 0: no limit")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="models, selections and completions")
     parser.add_argument("--out", type=Path, default=Path("results/ablation.json"))
     return parser.parse_args(arguments)

@@ -9,6 +9,7 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,48 @@ SPEED_PROMPT, SPEED_TOKENS = 128, 256  # tokens of the prompts and completions w
 CALIBRATION_TEXTS = 512
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What measuring needs to know."""
+    parser.add_argument("--teacher", required=True, help="the Transformer: a directory or hub name")
+    parser.add_argument("--data", nargs="+", required=True, help="its samples: files or directories of m1 sample")
+    parser.add_argument("--dev", required=True, help="problems to choose by: JSON lines")
+    parser.add_argument("--dev-problems", type=int, default=0, help="only the first so many; 0: all")
+    parser.add_argument("--max-length", type=int, default=1536, help="of a document")
+    parser.add_argument("--tokens-per-batch", type=int, default=32768)
+    parser.add_argument("--held-out-tokens", type=int, default=100_000, help="targets that KL is measured on")
+    parser.add_argument(
+        "--selection-tokens", type=int, default=50_000, help="targets that layers are chosen by, never measured"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=768, help="of an answer to a problem of --dev")
+    parser.add_argument("--num-seqs", type=int, default=512, help="sequences that the engine runs at once")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
 class Bench:
-    """The Transformer, the data, and what is done to hybrids of it. `options` are those of ablation.py."""
+    """The Transformer, the data, and what is done to hybrids of it.
+
+    `options` are those of `add_options` for measuring; making takes more of them, which ablation.py adds.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, choose_device(options.device)
         self.tokenizer = load_tokenizer(options.teacher)
-        self.exact = load_model(options.teacher, dtype=torch.float32, device=self.device)  # what hybrids are made of
         self.teacher = load_model(options.teacher, dtype=inference_dtype(self.device), device=self.device)
-        for model in (self.exact, self.teacher):
-            model.requires_grad_(False)
+        self.teacher.requires_grad_(False)
         self.train_data = [f"{source}:train" for source in options.data]
         held_out = self._held_out_documents()
         self.for_selection, rest = _first_tokens(held_out, options.selection_tokens)  # what chooses layers measures no KL
         self.for_measuring, _ = _first_tokens(rest, options.held_out_tokens)
         self.problems = read_problems(options.dev)[: options.dev_problems or None]
-        self.even_layers = choose_attention_layers(self.exact.config.num_hidden_layers, options.attention_fraction)
+
+    @cached_property
+    def exact(self) -> M1ForCausalLM:
+        """The Transformer in fp32: what hybrids are made of."""
+        return load_model(self.options.teacher, dtype=torch.float32, device=self.device).requires_grad_(False)
+
+    @property
+    def even_layers(self) -> list[int]:
+        return choose_attention_layers(self.teacher.config.num_hidden_layers, self.options.attention_fraction)
 
     def _held_out_documents(self) -> list[Document]:
         """Samples of the problems that training leaves out, in an order that mixes the sources."""
@@ -130,11 +157,11 @@ class Bench:
 
     # Measuring them.
 
-    def measure(self, model: M1ForCausalLM, records: Path) -> dict[str, Any]:
+    def measure(self, model: M1ForCausalLM, records: Path, *, has_speed: bool = True) -> dict[str, Any]:
         """All figures of a model; its completions of the held-out problems go to the file `records`."""
         began = time.perf_counter()
         found: dict[str, Any] = {"attention_layers": model.config.attention_layers}
-        if model is not self.exact:
+        if model.config.mixer_layers:
             batch = self.options.tokens_per_batch // 2
             found |= compare(model, self.teacher, self.for_measuring, tokens_per_batch=batch, precision=self.precision)
         found["state_bytes"] = ModelState.bytes_per_slot(model.config, torch.bfloat16)
@@ -143,7 +170,8 @@ class Bench:
         dtype = inference_dtype(self.device)
         with Engine(model, self.tokenizer, dtype=dtype, max_num_seqs=self.options.num_seqs, max_model_len=longest) as engine:
             found["dev"] = self._solve(engine, records)
-            found["decode"] = self._speed(engine)
+            if has_speed:
+                found["decode"] = self._speed(engine)
         return found | {"seconds_measuring": round(time.perf_counter() - began, 1)}
 
     def _solve(self, engine: Engine, records: Path) -> dict[str, Any]:
@@ -157,7 +185,7 @@ class Bench:
         """Tokens a second with all places taken, prompts included, end tokens ignored; the second of two runs."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.options.num_seqs, SPEED_PROMPT)
-        prompts = torch.randint(self.exact.config.vocab_size // 2, shape, generator=generator).tolist()
+        prompts = torch.randint(self.teacher.config.vocab_size // 2, shape, generator=generator).tolist()
         params = SamplingParams(temperature=0.7, max_tokens=SPEED_TOKENS, ignore_eos=True, seed=0)
         seconds = 0.0
         for _ in range(2):

@@ -10,14 +10,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from m1 import cli
 from m1.modeling.loading import load_config
 from m1.reasoning.problems import Problem, read_problems
+from m1.training.metrics import read_metrics
 from tests.training.tiny import byte_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import ablation
 import hybrid_arms
+import measure_run
 import split_problems
 
 
@@ -93,6 +96,25 @@ def test_what_measures_kl_does_not_choose_layers(place, tmp_path):
     bench = ablation.Bench(ablation.parse(arguments(place, tmp_path / "x.json")))
     choosing, measuring = ({tuple(d.token_ids) for d in some} for some in (bench.for_selection, bench.for_measuring))
     assert choosing and measuring and not choosing & measuring
+
+
+def test_a_runs_models_are_measured_once_each(place, tmp_path, capsys):
+    run = tmp_path / "run"
+    cli.main(["convert", "--base", str(place / "teacher"), "--out", str(tmp_path / "start"), "--device", "cpu"])
+    sizes = "--steps 2 --tokens-per-step 256 --tokens-per-batch 256 --max-length 256 --export-every 1 --device cpu"
+    files = ["--teacher", str(place / "teacher"), "--data", str(place / "samples.jsonl.gz"), "--out", str(run)]
+    cli.main(["distill", "--model", str(tmp_path / "start"), *files, *sizes.split()])
+    data = ["--data", str(place / "samples.jsonl.gz"), "--dev", str(place / "dev.jsonl"), "--device", "cpu"]
+    small = "--held-out-tokens 60 --selection-tokens 20 --max-new-tokens 4 --num-seqs 2"
+    for _ in range(2):
+        measure_run.main([str(run), "--teacher", str(place / "teacher"), *data, *small.split()])
+    lines = read_metrics(run / "measured.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[2]["tokens"] > lines[1]["tokens"] > lines[0]["tokens"] == 0
+    assert all(line["kl"] > 0 and 0 <= line["pass_at_1"] <= 1 and line["length"] > 0 for line in lines)
+    assert lines[0]["kl"] != lines[2]["kl"]
+    assert (run / "measured" / "step-00000001.jsonl.gz").is_file()
+    with pytest.raises(FileNotFoundError, match="expected the directory of a training run"):
+        measure_run.main([str(tmp_path), "--teacher", str(place / "teacher"), *data])
 
 
 def test_a_row_that_takes_too_long_is_passed_over(place, tmp_path, capsys):

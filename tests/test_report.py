@@ -50,6 +50,19 @@ def test_layers_of_an_alignment_are_compared(tmp_path):
     assert page.count("<svg") == 2
 
 
+def test_what_was_measured_on_held_out_data_is_drawn_against_tokens(tmp_path):
+    directory = write_run(tmp_path / "run", [{"step": step, "loss": 1.0} for step in (1, 2)])
+    lines = [
+        {"step": 0, "tokens": 0, "kl": 0.9, "pass_at_1": 0.0, "pass_at_1_error": None},
+        {"step": 2, "tokens": 2_000_000, "kl": 0.25, "pass_at_1": 0.125, "pass_at_1_error": 0.01},
+    ]
+    (directory / "measured.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(directory)
+    assert "<td>2,000,000</td><td>0.25</td><td>0.125</td><td>0.01</td>" in page
+    assert "<td>0.9</td><td>0</td><td>–</td>" in page
+    assert page.count("<svg") == 3  # the loss, KL, pass@1
+
+
 def test_numbers_that_json_could_not_hold_leave_gaps(tmp_path):
     records = [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}, {"step": 3, "kl": 0.0}]
     assert page_of(write_run(tmp_path / "run", records)).count("<svg") == 1  # a zero has no logarithm: drawn without

@@ -14,6 +14,7 @@ from m1.storage import RUN_CONFIG, read_run_record
 from m1.training.metrics import Record, read_metrics
 
 METRICS = "metrics.jsonl"
+MEASURED = "measured.jsonl"  # of models on the run's way, on data that it did not see (benchmarks/measure_run.py)
 # Steps drawn as they are; where there are more, the mean over windows of them is drawn, and the page says how many.
 MOST_POINTS = 200
 
@@ -83,6 +84,16 @@ PLOTS = {
 }
 
 
+HELD_OUT = {
+    "kl": "KL to the Transformer, nats a token",
+    "agreement": "same most probable token, share",
+    "pass_at_1": "pass@1, greedy",
+    "pass_at_1_error": "its standard error",
+    "length": "mean tokens of an answer",
+    "truncated": "answers cut off, share",
+}
+
+
 def write_run_page(directory: Path, page: Path) -> None:
     """Write the page of the training run in `directory`. Raises ValueError for a run without a step, or a damaged file."""
     records = read_metrics(directory / METRICS)
@@ -105,6 +116,7 @@ def write_run_page(directory: Path, page: Path) -> None:
             if figure is not None:
                 report.figure(figure, plot.caption)
     _layers(report, records)
+    _held_out(report, directory / MEASURED)
     report.heading("Settings")
     report.code(json.dumps(config, indent=2, ensure_ascii=False))
     report.write(page)
@@ -149,6 +161,25 @@ def _layers(report: Report, records: Sequence[Record]) -> None:
     lines = {name: (layers, [record.get(key, np.nan) for key in keys]) for name, record in errors.items()}
     caption = "Distance of each layer's mixer from the teacher's attention: 0 is equal, 1 is a mixer that gives nothing."
     report.figure(line_plot(lines, x_label="layer", y_label="relative error"), caption)
+
+
+def _held_out(report: Report, path: Path) -> None:
+    """What was measured of the run's models on held-out data, against the tokens that they had seen."""
+    records = read_metrics(path) if path.is_file() else []
+    if not records:
+        return
+    report.heading("Held-out data")
+    columns = [key for key in HELD_OUT if any(record.get(key) is not None for record in records)]
+    shown = [["–" if record.get(key) is None else f"{record[key]:.4g}" for key in columns] for record in records]
+    report.table(
+        ("step", "tokens", *(HELD_OUT[key] for key in columns)),
+        [(f"{record['step']:,}", f"{record['tokens']:,}", *row) for record, row in zip(records, shown)],
+    )
+    for key in columns:
+        points = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key) is not None]
+        if not key.endswith("_error"):
+            line = {HELD_OUT[key]: ([x for x, _ in points], [y for _, y in points])}
+            report.figure(line_plot(line, x_label="million tokens", y_label=HELD_OUT[key]), f"{HELD_OUT[key]}, by tokens seen.")
 
 
 def _keys(records: Sequence[Record]) -> list[str]:
