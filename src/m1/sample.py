@@ -213,10 +213,11 @@ def _complete(
 ) -> Iterator[tuple[Job, list[Completion]]]:
     """Each job with its completions as it finishes; the engine is always given enough to be full."""
     waiting = iter(jobs)
-    running: list[tuple[Job, Request]] = []
+    running: dict[int, tuple[Job, Request]] = {}  # by the request's number in the engine
+    num_running = 0  # samples of theirs
     try:
         while True:
-            while sum(job.count for job, _ in running) < 2 * engine.capacity.max_num_seqs and (job := next(waiting, None)):
+            while num_running < 2 * engine.capacity.max_num_seqs and (job := next(waiting, None)):
                 params = SamplingParams(
                     n=job.count,
                     temperature=config.temperature,
@@ -224,19 +225,20 @@ def _complete(
                     max_tokens=max_tokens,
                     seed=_seed(config.seed, job),
                 )
-                running.append((job, engine.submit(job.prompt, params)))
+                request = engine.submit(job.prompt, params)
+                running[request.number] = job, request
+                num_running += job.count
             if not running:
                 return
-            engine.step()
-            finished = [entry for entry in running if entry[1].is_finished]
-            if finished:
-                running = [entry for entry in running if not entry[1].is_finished]
-            for job, request in finished:
+            for request, _ in engine.step():
                 if request.error is not None:
                     raise request.error
-                yield job, [request.completions[index] for index in range(job.count)]
+                if request.is_finished and request.number in running:
+                    job, _ = running.pop(request.number)
+                    num_running -= job.count
+                    yield job, [request.completions[index] for index in range(job.count)]
     finally:
-        for _, request in running:
+        for _, request in running.values():
             engine.abort(request)
 
 

@@ -22,7 +22,7 @@ def engine_backend(engine: Engine) -> Generate:
         try:
             run.sample()
         finally:  # nothing stays in the engine when the watch ends it, a step fails or the user interrupts
-            for request in run.open.values():
+            for _, request in run.open.values():
                 engine.abort(request)
         return [sorted(samples, key=lambda one: one.index) for samples in run.samples]
 
@@ -30,12 +30,13 @@ def engine_backend(engine: Engine) -> Generate:
 
 
 class _Run:
-    """One call: the requests in the engine, how many of their completions were seen, and the samples so far."""
+    """One call: the requests in the engine by their number there, with their place in the call, and the samples so far."""
 
     def __init__(self, engine: Engine, requests: Sequence[SampleRequest], watch: Watch) -> None:
         self.engine, self.watch = engine, watch
         self.waiting = deque(enumerate(requests))
-        self.open: dict[int, Request] = {}
+        self.open: dict[int, tuple[int, Request]] = {}
+        self._num_unfinished = 0  # completions of open requests
         self.samples: list[list[Sample]] = [[] for _ in requests]
         self._num_before = engine.metrics.num_generated_tokens
         self._seconds_start = time.perf_counter()
@@ -49,36 +50,33 @@ class _Run:
             self._submit()
             if self.watch.is_over(self.num_tokens):
                 return
-            self.engine.step()
-            for index, request in list(self.open.items()):
+            for request, completion in self.engine.step():
                 if request.error is not None:
                     raise request.error
-                self._hear(index, request)
+                if request.number in self.open:
+                    self._hear(request, completion)
 
     def _submit(self) -> None:
         """Keep twice as much in the engine as it can run at once."""
-        num_unfinished = sum(request.params.n - len(request.completions) for request in self.open.values())
-        while self.waiting and num_unfinished < 2 * self.engine.capacity.max_num_seqs:
+        while self.waiting and self._num_unfinished < 2 * self.engine.capacity.max_num_seqs:
             index, asked = self.waiting.popleft()
             try:
-                self.open[index] = self.engine.submit(asked.prompt, SamplingParams(n=asked.n, **asked.params))
+                request = self.engine.submit(asked.prompt, SamplingParams(n=asked.n, **asked.params))
             except ValueError as error:
                 raise ValueError(f"requests[{index}]: {error}") from error
-            num_unfinished += asked.n
+            self.open[request.number] = index, request
+            self._num_unfinished += asked.n
 
-    def _hear(self, index: int, request: Request) -> None:
-        num_seen = len(self.samples[index])
-        if len(request.completions) == num_seen:
-            return
-        for completion in list(request.completions.values())[num_seen:]:
-            sample = self._to_sample(completion)
-            self.samples[index].append(sample)
-            if self.watch.on_sample(index, sample):
-                self.engine.abort(request)
-                del self.open[index]
-                return
-        if request.is_finished:
-            del self.open[index]
+    def _hear(self, request: Request, completion: Completion) -> None:
+        index, _ = self.open[request.number]
+        sample = self._to_sample(completion)
+        self.samples[index].append(sample)
+        self._num_unfinished -= 1
+        is_cancelled = self.watch.on_sample(index, sample)
+        if is_cancelled or len(self.samples[index]) == request.params.n:
+            self._num_unfinished -= request.params.n - len(self.samples[index])
+            del self.open[request.number]
+            self.engine.abort(request)
 
     def _to_sample(self, completion: Completion) -> Sample:
         mean_logprob, tail_logprob = confidences(completion.logprobs)

@@ -15,7 +15,7 @@ from m1.engine.metrics import Metrics
 from m1.engine.outputs import OutputProcessor
 from m1.engine.runner import ModelRunner
 from m1.engine.scheduler import Batch, Scheduler
-from m1.engine.sequence import Request
+from m1.engine.sequence import Completion, Request
 from m1.engine.transfer import Download
 from m1.modeling.hybrid import M1ForCausalLM
 
@@ -66,8 +66,8 @@ class EngineCore:
         self.in_flight: deque[tuple[Batch, Download]] = deque()  # steps launched and not yet read, oldest first
         self.num_steps = self.num_generated = 0
 
-    def step(self) -> None:
-        """Launch a step, and read those that are more than `num_steps_ahead` back.
+    def step(self) -> list[tuple[Request, Completion]]:
+        """Launch a step, and read those that are more than `num_steps_ahead` back; returns what ended since the last one.
 
         A step that finds no memory makes the next ones smaller; any other error ends every request and is raised.
         """
@@ -90,6 +90,7 @@ class EngineCore:
         if self.scheduler.is_idle:
             self.in_flight.clear()  # computed for sequences that have ended
         self.num_steps += 1
+        return self.outputs.take_ended()
 
     def _read(self, batch: Batch, results: Download) -> None:
         """Enter a step's tokens, and end the sequences that are done."""

@@ -156,13 +156,12 @@ class Engine:
         total = sum(request.params.n for request in requests)
         with tqdm(total=total, unit="completion", disable=not progress) as bar:
             while unfinished:
-                self.step()
+                ended = self.step()
                 while unfinished and unfinished[0].is_finished:
                     unfinished.popleft()
                 if progress:
-                    bar.n = sum(len(request.completions) for request in requests)
                     bar.set_postfix_str(f"{self.metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
-                    bar.update(0)
+                    bar.update(len(ended))
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Delta]:
         """Complete one prompt and hand out text and tokens as they come, those of all n completions interleaved.
@@ -210,15 +209,19 @@ class Engine:
         """Whether everything that was submitted has started: more would not wait for it in vain."""
         return not self._inbox and not self.scheduler.num_waiting
 
-    def step(self) -> None:
+    def step(self) -> list[tuple[Request, Completion]]:
         """Launch a step that advances every running sequence by one token, and prompts by what the token budget allows; then
-        read the tokens of the oldest step that is more than `num_steps_ahead` back."""
+        read the tokens of the oldest step that is more than `num_steps_ahead` back.
+
+        Returns the completions that have ended since the last step, aborted ones too.
+        """
         with self._lock:
             self._require_open()
             start = time.perf_counter()
             self._receive()
-            self._core.step()
+            ended = self._core.step()
             self._seconds += time.perf_counter() - start
+            return ended
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
         """Sample from changed weights from now on.

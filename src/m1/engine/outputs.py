@@ -13,6 +13,12 @@ class OutputProcessor:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.tokenizer = tokenizer
         self._detokenizers: dict[Sequence, Detokenizer] = {}
+        self._ended: list[tuple[Request, Completion]] = []
+
+    def take_ended(self) -> list[tuple[Request, Completion]]:
+        """The completions that were closed since the last call, with their requests."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def take(self, news: News, top_logprobs: dict[int, float] | None = None) -> FinishReason | None:
         """Look at a sequence's newest token: the reason to `close` it, or None to go on, when streams get their delta."""
@@ -55,7 +61,7 @@ class OutputProcessor:
         else:
             text = decode(self.tokenizer, ids[:-1] if ids and ids[-1] in request.stop_ids else ids)
         top = sequence.top_logprobs if request.params.logprobs else None
-        request.completions[sequence.index] = Completion(text, ids, sequence.logprobs, reason, sequence.index, top)
+        self._enter(request, Completion(text, ids, sequence.logprobs, reason, sequence.index, top))
         if request.on_delta is not None:
             rest = detokenizer.take(is_last=True) if detokenizer is not None else ""
             newest = 0 if reason == "abort" else 1
@@ -65,6 +71,10 @@ class OutputProcessor:
 
     def close_unborn(self, request: Request, index: int) -> None:
         """Enter an aborted completion that never got a sequence of its own."""
-        request.completions[index] = Completion("", [], [], "abort", index)
+        self._enter(request, Completion("", [], [], "abort", index))
         if request.on_delta is not None:
             request.on_delta(Delta(index, "", [], [], "abort"))
+
+    def _enter(self, request: Request, completion: Completion) -> None:
+        request.completions[completion.index] = completion
+        self._ended.append((request, completion))
