@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from m1.conversion import difference
 from m1.conversion.convert import convert
@@ -62,6 +62,15 @@ def test_what_is_the_transformers_is_left_out(models, tmp_path):
     assert any("mixer" in name for name in kept) and any("mlp" in name for name in kept)
     facts = json.loads((tmp_path / "difference" / difference.FACTS).read_text())
     assert facts["loss"]["num_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
+def test_a_tensor_that_was_only_rounded_is_left_out(models, tmp_path):
+    base, hybrid = models
+    load_model(base).save_pretrained(tmp_path / "exact")
+    weights = load_file(tmp_path / "exact" / "model.safetensors")
+    save_file({name: tensor * (1 + 2**-12) for name, tensor in weights.items()}, tmp_path / "exact" / "model.safetensors")
+    difference.write_difference(hybrid, tmp_path / "exact", tmp_path / "difference")
+    assert not any("embed" in name for name in load_file(tmp_path / "difference" / difference.WEIGHTS))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

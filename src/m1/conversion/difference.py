@@ -86,7 +86,7 @@ def write_difference(model: str | Path, base: str | Path, out: str | Path, *, bi
         weight = mine.get(name)
         before = theirs.get(name) if name in theirs.names else None
         is_known = before is not None and before.shape == weight.shape
-        if before is not None and is_known and torch.equal(weight.to(before.dtype), before):
+        if before is not None and is_known and torch.equal(weight, before.to(weight.dtype)):
             continue
         kind = _CHANGED if is_known else _NEW
         if weight.ndim != 2 or weight.numel() < SMALL:
