@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from m1.config import AlignConfig, DistillConfig, GRPOConfig, OnPolicyConfig, SFTConfig
 from m1.modeling import M1ForCausalLM
+from m1.modeling.aligned_linear import AlignedLinear
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.training.align import align
@@ -144,6 +145,12 @@ def run_case(name: str, out: Path, device_name: str = "cpu") -> None:
 def run_cases(names: Sequence[str], out: Path, device_name: str = "cpu") -> None:
     for name in names:
         run_case(name, out, device_name)
+
+
+def run_padded_cases(names: Sequence[str], out: Path) -> None:
+    """With rows of `in_proj` padded, as they are on a GPU. In a process of its own: nothing is put back."""
+    AlignedLinear.is_padding = staticmethod(lambda x: True)  # type: ignore[method-assign]
+    run_cases(names, out)
 
 
 def read_case(name: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

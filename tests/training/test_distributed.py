@@ -45,6 +45,25 @@ def test_two_ranks_train_as_one_does(name, on_two, tmp_path):
         assert rel_rms(weights_of_two[key], weight) < tolerance, key
 
 
+PADDED = ["distill, mamba2, embeddings and attention frozen", "align"]
+
+
+@pytest.fixture(scope="module")
+def padded_on_two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two-ranks-padded")
+    ranks.run_ranks(2, ranks.run_padded_cases, PADDED, out)
+    return out
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_rows_of_a_divided_projection_change_nothing(name, on_two, padded_on_two):
+    """A GPU pads the rows of `in_proj`: its weight must be gathered when that happens."""
+    expected, _ = ranks.read_case(name, on_two)
+    weights, _ = ranks.read_case(name, padded_on_two)
+    errors = {key: rel_rms(weights[key], weight) for key, weight in expected.items()}
+    assert max(errors.values()) < RANKS_EQUAL_ONE[torch.float32], errors
+
+
 def run_command(root, out):
     """`m1 distill` as `torchrun` starts it: each rank sets up the process group itself."""
     config = DistillConfig(
