@@ -71,6 +71,19 @@ def test_documents_are_cut_into_chunks(device: str) -> None:
     assert many.rows[:450, 2].tolist() == [i for pair in range(150) for i in (2 * pair, 2 * pair + 1, 2 * pair + 1)]
 
 
+def test_a_table_serves_while_its_bounds_are_the_same(device: str) -> None:
+    bounds = bounds_of([5, 1, 33, 16], device)
+    table = cut_documents(bounds, 55, 16)
+    assert cut_documents(bounds, 55, 16) is table
+    assert cut_documents(bounds, 55, 8).num_chunks > table.num_chunks
+    assert cut_documents(bounds.clone(), 55, 16) is not table
+    bounds[1] = 4
+    assert cut_documents(bounds, 55, 16).rows[:2, :2].tolist() == [[0, 4], [4, 6]]
+    with torch.inference_mode():
+        uncounted = bounds_of([5, 1, 33, 16], device)
+        assert cut_documents(uncounted, 55, 16) is not cut_documents(uncounted, 55, 16)
+
+
 @pytest.mark.parametrize(
     ("lengths", "dims", "dtype"),
     [

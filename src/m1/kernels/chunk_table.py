@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 IS_FIRST = tl.constexpr(1)
 IS_LAST = tl.constexpr(2)
@@ -39,8 +40,27 @@ def document_bounds(cu_seqlens: Tensor | None, num_tokens: int, device: torch.de
     return cu_seqlens.contiguous()
 
 
+# Of bounds that are still in use: their version and tables by (tokens, length). Every layer of a step asks for the same two.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def cut_documents(bounds: Tensor, num_tokens: int, length: int) -> ChunkTable:
-    """Cut documents with the given bounds ([n+1] int32, on the device) into chunks of at most `length` tokens."""
+    """Cut documents with the given bounds ([n+1] int32, on the device) into chunks of at most `length` tokens.
+
+    A table serves as long as its bounds live unchanged. Those of inference mode, whose changes nobody counts, are cut every
+    time, and so are all while a graph is captured, whose memory is its own.
+    """
+    if bounds.is_inference() or (bounds.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _cut(bounds, num_tokens, length)
+    version, tables = _known.get(bounds, (None, {}))
+    if version != bounds._version:
+        version, tables = _known[bounds] = (bounds._version, {})
+    if (num_tokens, length) not in tables:
+        tables[num_tokens, length] = _cut(bounds, num_tokens, length)
+    return tables[num_tokens, length]
+
+
+def _cut(bounds: Tensor, num_tokens: int, length: int) -> ChunkTable:
     num_sequences = len(bounds) - 1
     num_chunks = (num_tokens + num_sequences * (length - 1)) // length
     rows = torch.empty(num_chunks, 4, dtype=torch.int32, device=bounds.device)

@@ -36,7 +36,12 @@ def implementation_for(tensor: Tensor, package: str, op: str = "") -> ModuleType
 
     `op` is the op's name where only some of the package's kernels are verified.
     """
-    is_triton = use_triton(tensor) and {package, f"{package}.{op}"}.isdisjoint(REFERENCE_ONLY | UNVERIFIED)
+    return _implementation(use_triton(tensor), package, op)
+
+
+@functools.cache  # asked for at every call of an op
+def _implementation(has_kernel: bool, package: str, op: str) -> ModuleType:
+    is_triton = has_kernel and {package, f"{package}.{op}"}.isdisjoint(REFERENCE_ONLY | UNVERIFIED)
     return importlib.import_module(f"{package}.triton_impl" if is_triton else f"{package}.reference")
 
 

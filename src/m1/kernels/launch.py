@@ -20,6 +20,16 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def cdiv(count: int, size: int) -> int:
+    """⌈count / size⌉. Triton's own wraps its arguments for use inside kernels, which costs a launch several microseconds."""
+    return -(-count // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is at least `number` > 0; see `cdiv`."""
+    return 1 << (number - 1).bit_length()
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """The operand type of tl.dot for data stored as `dtype`: fp8 is widened to fp16 (exact, and one instruction a pair)."""
     if dtype == torch.float32 or (IS_INTERPRETED and dtype == torch.bfloat16):

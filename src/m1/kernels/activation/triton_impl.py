@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import as_rows
+from m1.kernels.launch import as_rows, cdiv
 
 BLOCK = 2048
 
@@ -58,7 +58,7 @@ class _SwiGLU(torch.autograd.Function):
         dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
         num_columns = rows.shape[1]
         with torch.cuda.device_of(gate):
-            _backward_kernel[(len(rows), triton.cdiv(num_columns, BLOCK))](
+            _backward_kernel[(len(rows), cdiv(num_columns, BLOCK))](
                 rows, up_rows, dy_rows, dgate, dup, rows.stride(0), up_rows.stride(0), dy_rows.stride(0), num_columns,
                 BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
@@ -70,7 +70,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     num_columns = rows.shape[1]
     with torch.cuda.device_of(gate):
-        _forward_kernel[(len(rows), triton.cdiv(num_columns, BLOCK))](
+        _forward_kernel[(len(rows), cdiv(num_columns, BLOCK))](
             rows, up_rows, y, rows.stride(0), up_rows.stride(0), num_columns, BLOCK=BLOCK, num_warps=4
         )
     return y

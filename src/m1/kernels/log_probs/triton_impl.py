@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1.kernels.launch import cdiv
+
 BLOCK = 4096
 
 
@@ -71,7 +73,7 @@ def log_prob_gradient_(
 ) -> None:
     """The public op's contract."""
     with torch.cuda.device_of(logits):
-        _gradient_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
+        _gradient_kernel[(len(logits), cdiv(logits.shape[1], BLOCK))](
             logits, targets, of_rows.contiguous(), slope.contiguous(), logits.stride(0), logits.shape[1],
             1 / temperature, float(entropy_slope), BLOCK=BLOCK, HAS_ENTROPY=entropy_slope != 0, num_warps=8,
         )  # fmt: skip

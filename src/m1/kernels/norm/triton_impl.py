@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import as_rows, num_multiprocessors
+from m1.kernels.launch import as_rows, cdiv, next_power_of_2, num_multiprocessors
 
 TILE = 4096  # elements a program holds at once, more only where one row is longer
 
@@ -127,7 +127,7 @@ def _gated_backward_kernel(
 
 def _tile(width: int) -> tuple[int, int, int]:
     """Rows a tile, padded width and warps for rows of `width`."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(TILE // block, 1)
     return rows, block, min(max(rows * block // 512, 4), 16)
 
@@ -140,7 +140,7 @@ def _norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
     rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device) if is_saving else None
     tile_rows, block, num_warps = _tile(rows.shape[1])
     with torch.cuda.device_of(x):
-        _norm_kernel[(triton.cdiv(len(rows), tile_rows),)](
+        _norm_kernel[(cdiv(len(rows), tile_rows),)](
             rows, residual_rows, weight, y, summed, rstd,
             rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), len(rows), eps,
             D=rows.shape[1], ROWS=tile_rows, BLOCK_D=block, HAS_RESIDUAL=residual is not None, SAVE=is_saving,
@@ -165,7 +165,7 @@ class _RMSNorm(torch.autograd.Function):
         num_rows, width = rows.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tile_rows, block, num_warps = _tile(width)
-        programs = min(triton.cdiv(num_rows, tile_rows), 4 * num_multiprocessors(x.device))
+        programs = min(cdiv(num_rows, tile_rows), 4 * num_multiprocessors(x.device))
         dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             _norm_backward_kernel[(programs,)](
@@ -184,7 +184,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         rstd = torch.empty(num_tokens * num_heads, dtype=torch.float32, device=x.device)
         tile_rows, block, num_warps = _tile(width)
         with torch.cuda.device_of(x):
-            _gated_kernel[(triton.cdiv(num_tokens * num_heads, tile_rows),)](
+            _gated_kernel[(cdiv(num_tokens * num_heads, tile_rows),)](
                 x, z, weight, y, rstd, *x.stride()[:2], *z.stride()[:2], num_tokens * num_heads, eps,
                 H=num_heads, P=width, ROWS=tile_rows, BLOCK_P=block, SAVE=True, num_warps=num_warps,
             )  # fmt: skip
@@ -198,8 +198,8 @@ class _GatedRMSNorm(torch.autograd.Function):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, z))
         tile_rows, block, num_warps = _tile(width)
-        share = triton.cdiv(8 * num_multiprocessors(x.device), num_heads)
-        programs = min(triton.cdiv(num_tokens, tile_rows), share)
+        share = cdiv(8 * num_multiprocessors(x.device), num_heads)
+        programs = min(cdiv(num_tokens, tile_rows), share)
         dweight = torch.empty(programs, num_heads * width, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             _gated_backward_kernel[(programs, num_heads)](

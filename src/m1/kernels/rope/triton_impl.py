@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import with_unit_stride
+from m1.kernels.launch import next_power_of_2, with_unit_stride
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, is_backward: bool) -> Tensor:
     with torch.cuda.device_of(x):
         _rotary_kernel[(num_tokens,)](
             x, cos, sin, y, *x.stride()[:2], cos.stride(0), sin.stride(0),
-            H=num_heads, HALF=width // 2, BLOCK_H=triton.next_power_of_2(num_heads),
-            BLOCK_HALF=triton.next_power_of_2(width // 2), IS_BACKWARD=is_backward, num_warps=4,
+            H=num_heads, HALF=width // 2, BLOCK_H=next_power_of_2(num_heads),
+            BLOCK_HALF=next_power_of_2(width // 2), IS_BACKWARD=is_backward, num_warps=4,
         )  # fmt: skip
     return y
 
@@ -120,8 +120,8 @@ def _launch_state_heads(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, num_grou
         _state_heads_kernel[(num_tokens,)](
             x, cos, sin, y, *x.stride()[:2], cos.stride(0), sin.stride(0),
             H=num_heads, MEMBERS=num_heads // num_groups, PAIRS=pairs, NARROW=narrow,
-            BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_P=triton.next_power_of_2(pairs),
-            BLOCK_N=triton.next_power_of_2(narrow), IS_BACKWARD=is_backward, num_warps=4,
+            BLOCK_H=next_power_of_2(num_heads), BLOCK_P=next_power_of_2(pairs),
+            BLOCK_N=next_power_of_2(narrow), IS_BACKWARD=is_backward, num_warps=4,
         )  # fmt: skip
 
 
