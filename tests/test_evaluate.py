@@ -13,10 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from m1 import cli
-from m1.evaluation.records import read_records
+from m1.evaluation.records import open_records, read_records
 from m1.evaluation.sampling import Sample
 from m1.reasoning.voting import AnswerGroup, Vote
 from m1.solve import Solution, print_text
+from m1.storage import read_run_record, write_run_record
 from tests.fake_server import fake_server
 from tests.training.tiny import byte_tokenizer
 
@@ -258,3 +259,39 @@ def shortest(problem, completion):
 def test_mistakes_of_solve(models, capsys, more, message):
     assert m1("solve", "1 + 1 =", "--model", models["base"], *more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_completions_are_judged_again_without_the_model(data, tmp_path, capsys):
+    evaluated, again = tmp_path / "evaluated", tmp_path / "again"
+    run = {"num_problems": 3, "num_samples": 2, "params": {}, "adaptive": None, "budget": None, "description": {}, "digest": ""}
+    texts = [["\\boxed{2}", "\\boxed{3}"], ["\\boxed{4.0}", "no"], ["\\boxed{6}", "\\boxed{06}"]]
+    with open_records(evaluated / "gsm8k.jsonl.gz", run) as file:
+        for number, pair in enumerate(texts):
+            sample = {"num_tokens": 3, "finish_reason": "stop", "answer": None, "reward": 0.0, "reason": None}
+            samples = [sample | {"text": text, "index": index} for index, text in enumerate(pair)]
+            file.append(
+                {"id": f"p{number}", "problem": "?", "answer": str(2 + 2 * number), "labels": [0, 0], "samples": samples}
+            )
+    write_run_record(evaluated, "eval", {"model": "some"})
+    assert m1("eval", "--regrade", evaluated, "--out", again) == 0
+    assert "4 verdicts changed" in capsys.readouterr().out
+    _, records = read_records(again / "gsm8k.jsonl.gz")
+    assert [record["labels"] for record in records] == [[0, 1], [0, -1], [0, 0]]
+    assert [[sample["reward"] for sample in record["samples"]] for record in records] == [[1, 0], [1, 0], [1, 1]]
+    assert read_run_record(again)["results"]["gsm8k"]["pass@1"] == pytest.approx(4 / 6)
+    first = (again / "gsm8k.jsonl.gz").read_bytes()
+    assert m1("eval", "--regrade", evaluated, "--out", again) == 0  # all there: nothing is judged twice
+    assert (again / "gsm8k.jsonl.gz").read_bytes() == first and "4 verdicts changed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_judged_again(tmp_path, capsys):
+    assert m1("eval", "--regrade", tmp_path, "--out", tmp_path / "again") == 2
+    assert "no evaluation there" in capsys.readouterr().err
+    run = {"num_problems": 1, "num_samples": 1}
+    with open_records(tmp_path / "gym.jsonl.gz", run) as file:
+        file.append({"id": "p", "problem": "?", "answer": "2", "reward": "reasoning_gym:chain_sum", "samples": []})
+    write_run_record(tmp_path, "eval", {"model": "some"})
+    assert m1("eval", "--regrade", tmp_path, "--out", tmp_path / "again") == 2
+    assert "judged by reasoning_gym:chain_sum" in capsys.readouterr().err
+    assert m1("eval", "--regrade", tmp_path, "--out", tmp_path) == 2
+    assert "is the evaluation itself" in capsys.readouterr().err

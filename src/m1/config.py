@@ -387,6 +387,8 @@ class EvalConfig(SamplingConfig):
     """MODULE:FUNCTION that scores (problem, solution), for votes weighted by it; at least 0, or only the best counts."""
     suffix: str | None = None
     """Added to each problem; the benchmark's own (the M1 paper's) unless given; empty for none."""
+    regrade: str = ""
+    """Sample nothing: judge the completions in this directory of an evaluation again, and write what is found to --out."""
     overwrite: bool = False
     """Start anew even if the output directory holds records."""
 

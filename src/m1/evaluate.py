@@ -27,6 +27,7 @@ from m1.backends import Backend, open_backend
 from m1.config import EvalConfig, require
 from m1.evaluation.budget import MOST_SAMPLES, Budget, parse_budgets
 from m1.evaluation.records import read_records
+from m1.evaluation.regrade import regrade
 from m1.evaluation.runner import evaluate, summarize_run
 from m1.evaluation.sampling import Prompt
 from m1.evaluation.tasks import TASKS, load_task, parse_tasks, task_name
@@ -58,6 +59,9 @@ _PACKAGES = (
 
 def run(config: EvalConfig) -> None:
     """The command. Raises ValueError, OSError or MemoryError for users' mistakes; every problem done is kept."""
+    if config.regrade:
+        run_again(config)
+        return
     require(config, "model")
     tasks = parse_tasks(config.tasks)
     seconds = parse_budgets(config.time_budgets, "--time-budgets")
@@ -88,6 +92,30 @@ def run(config: EvalConfig) -> None:
             evaluation.write_record(results)
     print_results(console, {task_name(task): results[task_name(task)] for task in tasks})
     console.print(f"Records and results: {escape(str(out))}\nNext: m1 report {escape(str(out))}")
+
+
+def run_again(config: EvalConfig) -> None:
+    """`--regrade`: judge what an evaluation recorded, with today's rules. Raises FileNotFoundError if there is none."""
+    require(config, "out")
+    source, out = Path(config.regrade), Path(config.out)
+    before = read_run_record(source)
+    if before is None or before["command"] != COMMAND:
+        raise FileNotFoundError(f"--regrade {source}: no evaluation there; give the --out of one")
+    if source.resolve() == out.resolve():
+        raise ValueError(f"--out {out} is the evaluation itself; give another directory")
+    require_free(out)
+    if config.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    results, console = {}, Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    with Scorer() as scorer:
+        for path in sorted(source.glob(f"*{RECORDS_SUFFIX}")):
+            task = path.name.removesuffix(RECORDS_SUFFIX)
+            results[task] = regrade(path, out / path.name, scorer)
+            console.print(f"{task}: {results[task]['changed_verdicts']} verdicts changed")
+    record = {key: before[key] for key in ("hardware", "backend", "config") if key in before}
+    write_run_record(out, COMMAND, dataclasses.asdict(config), versions=versions(), regraded=record, results=results)
+    print_results(console, results)
 
 
 def check(config: EvalConfig) -> None:

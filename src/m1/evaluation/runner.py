@@ -259,15 +259,28 @@ def _sample_alone(
 def _judge(problem: Problem, samples: Sequence[Sample], scorer: Scorer, verifier: Verify | None) -> dict[str, Any]:
     """The record of a problem: its samples with answers, rewards and verifier's scores, and which answers are the same."""
     scores = scorer.score_many([problem] * len(samples), [sample.text for sample in samples])
-    scored = [asdict(sample) | asdict(score) for sample, score in zip(samples, scores)]
+    scored = [_rounded(asdict(sample)) | asdict(score) for sample, score in zip(samples, scores)]
     if verifier is not None:
         for sample in scored:
             sample[VERIFIER_SCORE] = float(verifier(problem.problem, sample["text"]))
-    labels = [-1] * len(scored)
-    for label, indices in enumerate(group_answers([sample["answer"] for sample in scored], scorer.verifier.are_same)):
+    record = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
+    if problem.reward != "math":
+        record["reward"] = problem.reward
+    return record | {"labels": label_answers(scored, scorer), "samples": scored}
+
+
+def label_answers(samples: Sequence[Mapping[str, Any]], scorer: Scorer) -> list[int]:
+    """The number of each sample's answer among the distinct ones; -1 for none."""
+    labels = [-1] * len(samples)
+    for label, indices in enumerate(group_answers([sample["answer"] for sample in samples], scorer.verifier.are_same)):
         for index in indices:
             labels[index] = label
-    return {"id": problem.id, "problem": problem.problem, "answer": problem.answer, "labels": labels, "samples": scored}
+    return labels
+
+
+def _rounded(sample: dict[str, Any]) -> dict[str, Any]:
+    """Without digits that say nothing and don't compress: a microsecond, a millionth of a nat."""
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in sample.items()}
 
 
 def _with_own_seed(params: Mapping[str, Any], problem: Problem) -> Mapping[str, Any]:
