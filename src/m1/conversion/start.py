@@ -153,9 +153,10 @@ def _attention_of_layers(dense: M1ForCausalLM, documents: list[list[int]]) -> It
     layout = SequenceLayout.from_lengths([len(ids) for ids in documents], device)
     rotary = dense.model.rotary(layout.positions)
     hidden = dense.model.embed_tokens(torch.tensor([token for ids in documents for token in ids], device=device))
+    branch = None
     for layer, block in enumerate(dense.model.layers):
         with _inputs_of(block.self_attn, block.self_attn.o_proj) as seen:
-            hidden = block(hidden, layout, rotary)
+            hidden, branch = block(hidden, branch, layout, rotary)
         x, heads = (tensor.float() for tensor in seen)
         output = nn.functional.linear(heads, block.self_attn.o_proj.weight.float())
         yield _AttentionRecord(layer, x, heads, output, layout, rotary)

@@ -60,23 +60,21 @@ class HybridBlock(GradientCheckpointingLayer):
         return self.mixer if self.is_mixer else self.self_attn
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState | None = None
-    ) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
-        branch = self.token_mixer(self.input_layernorm(x), layout, rotary, state)
-        normed, x = self.post_attention_layernorm(branch.to(x.dtype), x)  # the addition is in the norm's launch
-        return x + self.mlp(normed)
-
-    def forward_cached(
-        self, x: Tensor, branch: Tensor | None, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], state: ModelState
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        state: ModelState | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The layer with its additions inside the norms that follow them, one launch each, without gradient.
+        """x [T, hidden] and `branch`, what the layer before has yet to add to it -> the same two for the next layer.
 
-        x [T, hidden] and `branch`, what the layer before has yet to add to it -> the same two for the next layer.
+        So every addition is in the launch of the norm that follows it.
         """
         normed, x = (self.input_layernorm(x), x) if branch is None else self.input_layernorm(branch, x)
-        normed, x = self.post_attention_layernorm(self.token_mixer(normed, layout, rotary, state), x)
-        return x, self.mlp(normed)
+        mixed = self.token_mixer(normed, layout, rotary, state)
+        normed, x = self.post_attention_layernorm(mixed.to(x.dtype), x)
+        return x, self.mlp(normed).to(x.dtype)
 
 
 class M1PreTrainedModel(PreTrainedModel):
@@ -112,14 +110,11 @@ class M1Model(M1PreTrainedModel):
     def forward_packed(self, hidden: Tensor, layout: SequenceLayout, state: ModelState | None = None) -> Tensor:
         """Embedded tokens [T, hidden] -> final normalised hidden states [T, hidden]. `state` is read and written in place."""
         rotary = layout.rotary or self.rotary(layout.positions)
-        if state is not None and not torch.is_grad_enabled():
-            branch = None
-            for layer in cast("list[HybridBlock]", self.layers):
-                hidden, branch = layer.forward_cached(hidden, branch, layout, rotary, state)
-            return self.norm(branch, hidden)[0]
+        branch = None
         for block in self.layers:
-            hidden = block(hidden, layout, rotary, state)
-        return self.norm(hidden)
+            hidden, branch = block(hidden, branch, layout, rotary, state)
+        assert branch is not None, "a model has layers"
+        return self.norm(branch, hidden)[0]
 
     def forward(
         self,

@@ -172,21 +172,21 @@ def _divergences(student: M1ForCausalLM, teacher: M1ForCausalLM, batch: PackedBa
     model, layout = student.model, batch.layout
     rotary = model.rotary(layout.positions)
 
-    def divergence(hidden: Tensor, rest: Sequence[nn.Module]) -> Tensor:
+    def divergence(hidden: Tensor, branch: Tensor | None, rest: Sequence[nn.Module]) -> Tensor:
         for later in rest:
-            hidden = later(hidden, layout, rotary)
-        mine = model.norm(hidden)[batch.target_positions], student.lm_head.weight
-        return head_loss(Divergence(), mine, wanted)["kl"]
+            hidden, branch = later(hidden, branch, layout, rotary)
+        normed, _ = model.norm(branch, hidden)
+        return head_loss(Divergence(), (normed[batch.target_positions], student.lm_head.weight), wanted)["kl"]
 
-    hidden, found = model.embed_tokens(batch.input_ids), []
+    hidden, branch, found = model.embed_tokens(batch.input_ids), None, []
     for layer, block in enumerate(model.layers):
         assert isinstance(block, HybridBlock)
         if block.is_mixer:
             with restored(block, teacher.model.layers[layer].self_attn):
-                found.append(divergence(hidden, model.layers[layer:]))
+                found.append(divergence(hidden, branch, model.layers[layer:]))
             bar.update()
-        hidden = block(hidden, layout, rotary)
-    return torch.stack([divergence(hidden, ()), *found]).double()
+        hidden, branch = block(hidden, branch, layout, rotary)
+    return torch.stack([divergence(hidden, branch, ()), *found]).double()
 
 
 def plot(selection: Selection) -> Figure:
