@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from m1.backends import Backend, open_backend
+from m1.backends import Backend, open_backend, other_ranks_serving
 from m1.config import EvalConfig, require
 from m1.evaluation.budget import MOST_SAMPLES, Budget, parse_budgets
 from m1.evaluation.records import read_records
@@ -37,11 +37,13 @@ from m1.reasoning.answers import ANSWER_INSTRUCTION
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
 from m1.storage import read_run_record, write_run_record
+from m1.training.distributed import ranks
 
 COMMAND = "eval"
 PAPER_SAMPLES = 64
 RECORDS_SUFFIX = ".jsonl.gz"
 _WARM_UP_TOKENS = 32
+_RANK_TIMEOUT = 600.0  # seconds that ranks wait for each other at the beginning and the end
 _LOG_WIDTH = 120  # columns of a table that goes into a file
 _PACKAGES = (
     "m1-reasoner",
@@ -58,10 +60,26 @@ _PACKAGES = (
 
 
 def run(config: EvalConfig) -> None:
-    """The command. Raises ValueError, OSError or MemoryError for users' mistakes; every problem done is kept."""
+    """The command. Raises ValueError, OSError or MemoryError for users' mistakes; every problem done is kept.
+
+    Under `torchrun` the ranks share the problems: the first one does all that is here, the others sample for it.
+    """
     if config.regrade:
         run_again(config)
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _run(config)
+        return
+    if config.backend != "engine" or config.url or config.time_budgets or config.token_budgets:
+        raise ValueError(
+            "torchrun: only --backend engine without budgets, whose problems are sampled alone, uses several ranks"
+        )
+    with ranks(config.device, _RANK_TIMEOUT), other_ranks_serving(config) as is_first:
+        if is_first:
+            _run(config)
+
+
+def _run(config: EvalConfig) -> None:
     require(config, "model")
     tasks = parse_tasks(config.tasks)
     seconds = parse_budgets(config.time_budgets, "--time-budgets")

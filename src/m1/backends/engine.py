@@ -1,8 +1,7 @@
 """The engine of this project as a `generate` callable."""
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
@@ -18,26 +17,39 @@ def engine_backend(engine: Engine) -> Generate:
     """
 
     def generate(requests: Sequence[SampleRequest], watch: Watch) -> list[list[Sample]]:
-        run = _Run(engine, requests, watch)
+        indices = iter(range(len(requests)))
+        most = 2 * engine.capacity.max_num_seqs
+        run = EngineRun(engine, requests, watch, lambda: next(indices, None), num_ahead=most)
         try:
             run.sample()
         finally:  # nothing stays in the engine when the watch ends it, a step fails or the user interrupts
-            for _, request in run.open.values():
-                engine.abort(request)
+            run.abort()
         return [sorted(samples, key=lambda one: one.index) for samples in run.samples]
 
     return generate
 
 
-class _Run:
-    """One call: the requests in the engine by their number there, with their place in the call, and the samples so far."""
+class EngineRun:
+    """One call: which requests are in the engine, and the samples so far, by request.
 
-    def __init__(self, engine: Engine, requests: Sequence[SampleRequest], watch: Watch) -> None:
-        self.engine, self.watch = engine, watch
-        self.waiting = deque(enumerate(requests))
-        self.open: dict[int, tuple[int, Request]] = {}
-        self._num_unfinished = 0  # completions of open requests
+    take: the index of the next request to sample here, None when there is no more; called while fewer than num_ahead samples
+    are unfinished. taken: those that it gave.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[SampleRequest],
+        watch: Watch,
+        take: Callable[[], int | None],
+        num_ahead: int,
+    ) -> None:
+        self.engine, self.requests, self.watch = engine, requests, watch
         self.samples: list[list[Sample]] = [[] for _ in requests]
+        self.taken: set[int] = set()
+        self._take, self._num_ahead, self._is_left = take, num_ahead, True
+        self._open: dict[int, tuple[int, Request]] = {}  # by number in the engine, with their index in the call
+        self._num_unfinished = 0  # completions of open requests
         self._num_before = engine.metrics.num_generated_tokens
         self._seconds_start = time.perf_counter()
 
@@ -46,37 +58,56 @@ class _Run:
         return self.engine.metrics.num_generated_tokens - self._num_before
 
     def sample(self) -> None:
-        while self.waiting or self.open:
+        """Step until everything is sampled or the watch ends it."""
+        while True:
             self._submit()
-            if self.watch.is_over(self.num_tokens):
+            if not self._open or self.watch.is_over(self.num_tokens):
                 return
             for request, completion in self.engine.step():
                 if request.error is not None:
                     raise request.error
-                if request.number in self.open:
+                if request.number in self._open:
                     self._hear(request, completion)
 
+    def cancel(self, index: int) -> None:
+        """Leave what is unfinished of a request."""
+        for at, request in list(self._open.values()):
+            if at == index:
+                self._leave(request)
+
+    def abort(self) -> None:
+        """Leave everything that is unfinished."""
+        for _, request in list(self._open.values()):
+            self._leave(request)
+
     def _submit(self) -> None:
-        """Keep twice as much in the engine as it can run at once."""
-        while self.waiting and self._num_unfinished < 2 * self.engine.capacity.max_num_seqs:
-            index, asked = self.waiting.popleft()
+        while self._is_left and self._num_unfinished < self._num_ahead:
+            index = self._take()
+            if index is None:
+                self._is_left = False
+                return
+            self.taken.add(index)
+            asked = self.requests[index]
             try:
                 request = self.engine.submit(asked.prompt, SamplingParams(n=asked.n, **asked.params))
             except ValueError as error:
                 raise ValueError(f"requests[{index}]: {error}") from error
-            self.open[request.number] = index, request
+            self._open[request.number] = index, request
             self._num_unfinished += asked.n
 
     def _hear(self, request: Request, completion: Completion) -> None:
-        index, _ = self.open[request.number]
+        index, _ = self._open[request.number]
         sample = self._to_sample(completion)
         self.samples[index].append(sample)
-        self._num_unfinished -= 1
-        is_cancelled = self.watch.on_sample(index, sample)
-        if is_cancelled or len(self.samples[index]) == request.params.n:
-            self._num_unfinished -= request.params.n - len(self.samples[index])
-            del self.open[request.number]
-            self.engine.abort(request)
+        if self.watch.on_sample(index, sample) or len(self.samples[index]) == request.params.n:
+            self._leave(request)
+        else:
+            self._num_unfinished -= 1
+
+    def _leave(self, request: Request) -> None:
+        del self._open[request.number]
+        self._num_unfinished = sum(request.params.n - len(self.samples[index]) for index, request in self._open.values())
+        self.engine.abort(request)
 
     def _to_sample(self, completion: Completion) -> Sample:
         mean_logprob, tail_logprob = confidences(completion.logprobs)

@@ -1,12 +1,17 @@
 """From a command's options to a model that can be sampled: loads it, or finds its server, and says what it is."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m1.config import SamplingConfig, require
 from m1.evaluation.sampling import Generate, Prompt, SampleRequest, Watch
+
+if TYPE_CHECKING:
+    from m1.engine.llm import Engine
 
 _FINGERPRINT_BYTES = 1 << 20  # read from either end of each weights file
 # Under a deadline samples must end in time: few enough at once that each is nearly as fast as it would be alone.
@@ -74,33 +79,60 @@ def fingerprint(model: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+@contextmanager
+def other_ranks_serving(config: SamplingConfig) -> Iterator[bool]:
+    """Within, under `torchrun`: true on the first rank, which may `open_backend(config)` to sample with the engines of all; the
+    others have served it, and have nothing left to do."""
+    from m1.backends.ranks import dismiss, serve
+    from m1.training.distributed import is_first
+
+    if not is_first():
+        serve(lambda: _load_engine(config, has_deadline=False))
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        dismiss()
+
+
+def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
+    from m1.engine.llm import Engine
+    from m1.modeling.loading import inference_dtype, load_tokenizer
+    from m1.training.distributed import local_device
+
+    device = local_device(config.device)
+    concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
+    dtype = inference_dtype(device)
+    return Engine(config.model, load_tokenizer(config.model), dtype=dtype, device=device, max_num_seqs=concurrency)
+
+
 def _open_engine(config: SamplingConfig, has_deadline: bool) -> Backend:
     from m1.backends.engine import engine_backend
-    from m1.engine.llm import Engine
-    from m1.modeling.loading import choose_device, inference_dtype, load_tokenizer
+    from m1.backends.ranks import shared_backend
+    from m1.training.distributed import num_ranks
 
-    device = choose_device(config.device)
-    dtype = inference_dtype(device)
-    tokenizer = load_tokenizer(config.model)
-    concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
-    engine = Engine(config.model, tokenizer, dtype=dtype, device=device, max_num_seqs=concurrency)
-    layers = engine.model.config
-    capacity = engine.capacity
+    engine = _load_engine(config, has_deadline)
+    layers, capacity, weight = engine.model.config, engine.capacity, engine.model.model.embed_tokens.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    places = f"on {weight.device}" if num_ranks() == 1 else f"on each of {num_ranks()} ranks"
+    assert engine.tokenizer is not None
     return Backend(
-        generate=engine_backend(engine),
+        generate=engine_backend(engine) if num_ranks() == 1 else shared_backend(engine),
         description=(
-            f"{config.model}: {len(layers.mixer_layers)} mixer and {len(layers.attention_layers)} attention layers on {device} "
-            f"in {str(dtype).removeprefix('torch.')}, up to {capacity.max_num_seqs} samples at once"
+            f"{config.model}: {len(layers.mixer_layers)} mixer and {len(layers.attention_layers)} attention layers {places} "
+            f"in {dtype}, up to {num_ranks() * capacity.max_num_seqs} samples at once"
         ),
         identity={},
-        is_chat=bool(tokenizer.chat_template),
+        is_chat=bool(engine.tokenizer.chat_template),
         facts={
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype,
             "mixer_layers": len(layers.mixer_layers),
             "attention_layers": len(layers.attention_layers),
             "max_model_len": capacity.max_model_len,
+            "ranks": num_ranks(),
         },
-        concurrency=capacity.max_num_seqs,
+        concurrency=num_ranks() * capacity.max_num_seqs,
     )
 
 
