@@ -1,10 +1,10 @@
 """Divide a set of training problems in two: some for choosing between models, which no stage may train on, and the rest.
 
-    python benchmarks/split_problems.py gsm8k_train.jsonl --held-out 500 --out runs/problems
+    python benchmarks/split_problems.py gsm8k_train --held-out 500 --out runs/problems
 
-writes gsm8k_train_dev.jsonl and gsm8k_train_rest.jsonl: `m1 eval --tasks` takes the one, `m1 sample --data` the other. Which
-problems are held out follows from their texts alone: the same in every run, whatever the order of the file. Lines without an
-answer are left out.
+takes a file of JSON lines, or a benchmark that `m1 eval` knows by name and downloads, and writes gsm8k_train_dev.jsonl and
+gsm8k_train_rest.jsonl: `m1 eval --tasks` takes the one, `m1 sample --data` the other. Which problems are held out follows from
+their texts alone: the same in every run, whatever the order of the file. Problems without an answer are left out.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from m1.evaluation.tasks import load_task, task_name
 from m1.reasoning.problems import Problem, read_problems, write_problems
 
 
@@ -31,14 +32,16 @@ def split(problems: Sequence[Problem], num_held_out: int) -> tuple[list[Problem]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problems", type=Path, help="JSON lines with problem and answer")
+    parser.add_argument("problems", help="JSON lines with problem and answer, or a benchmark's name")
     parser.add_argument("--held-out", type=int, default=500, help="how many problems")
     parser.add_argument("--out", type=Path, required=True, help="directory to write the two files to")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    parts = split(read_problems(arguments.problems, skip_unanswered=True), arguments.held_out)
+    path = Path(arguments.problems)
+    problems = read_problems(path, skip_unanswered=True) if path.is_file() else load_task(arguments.problems)
+    parts = split([problem for problem in problems if problem.answer], arguments.held_out)
     for name, part in zip(("dev", "rest"), parts, strict=True):
-        path = arguments.out / f"{arguments.problems.name.split('.')[0]}_{name}.jsonl"
+        path = arguments.out / f"{task_name(arguments.problems)}_{name}.jsonl"
         write_problems(path, part)
         print(f"{len(part):6,} problems in {path}")
 

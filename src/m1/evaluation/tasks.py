@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m1.reasoning.answers import extract_answer
 from m1.reasoning.problems import Problem, generate_problems, read_problems
 
 GYM_PREFIX = "gym:"
@@ -24,6 +25,11 @@ def _plain(answer: Any) -> str:
 def _after_hashes(answer: Any) -> str:
     """GSM8K's answers are solutions that end in `#### 1,234`."""
     return str(answer).rpartition("####")[2].strip().replace(",", "")
+
+
+def _in_last_box(answer: Any) -> str:
+    """MATH's solutions end with the answer in a box; a few have none."""
+    return extract_answer(str(answer)) or ""
 
 
 def _joined(answer: Any) -> str:
@@ -64,6 +70,9 @@ TASKS: dict[str, Task] = {
     ),
     "gsm8k": Task("openai/gsm8k", subset="main", problem="question", read_answer=_after_hashes, files=("gsm8k_test",)),
     "gsm8k_train": Task("openai/gsm8k", subset="main", split="train", problem="question", read_answer=_after_hashes),
+    "math_train": Task(
+        "DigitalLearningGmbH/MATH-lighteval", subset="default", split="train", answer="solution", read_answer=_in_last_box,
+    ),
     "minerva": Task("math-ai/minervamath", problem="question"),
     "aime_1983_2023": Task(
         "di-zhang-fdu/AIME_1983_2024", split="train", problem="Question", answer="Answer", id="ID",
