@@ -37,7 +37,7 @@ ROWS = {
     "olympiadbench": ({"id": 1606, "question": "p", "final_answer": ["2", "3"], "unit": None, "image_1": None}, "2, 3"),
     "gsm8k": ({"question": "p", "answer": "Janet sells 9.\n#### 1,018"}, "1018"),
     "gsm8k_train": ({"question": "p", "answer": "#### -3"}, "-3"),
-    "math_train": ({"problem": "p", "level": "Level 5", "type": "Algebra", "solution": r"So $x = \boxed{\frac12}$."}, r"\frac12"),
+    "math_train": ({"problem": "p", "level": "Level 5", "type": "x", "solution": r"So $x = \boxed{\frac12}$."}, r"\frac12"),
     "minerva": ({"question": "p", "answer": "4.5e33"}, "4.5e33"),
     "aime_1983_2023": ({"ID": "1983-1", "Year": 1983, "Question": "p", "Answer": "60", "Part": "I"}, "60"),
 }  # fmt: skip
