@@ -24,6 +24,7 @@ from m1.engine.fp8 import FP8
 from m1.engine.metrics import Metrics
 from m1.engine.outputs import OutputProcessor
 from m1.engine.prompts import Prompt, RequestFactory
+from m1.engine.residency import Residency
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.sequence import Completion, Delta, Request
 from m1.engine.weights import copy_weights, prepare_model
@@ -109,6 +110,7 @@ class Engine:
         self._lock = threading.Lock()  # held while a step runs: whoever holds it may touch the core
         self._inbox: deque[Callable[[], None]] = deque()  # what arrived meanwhile
         self._driver = streaming.Driver(self)
+        self._residency = Residency(weight.device) if weight.is_cuda else None
         self.is_closed = False
         self._num_prompt_tokens, self._seconds = 0, 0.0
 
@@ -218,6 +220,8 @@ class Engine:
         with self._lock:
             self._require_open()
             start = time.perf_counter()
+            if self._residency is not None:
+                self._residency.back()
             self._receive()
             ended = self._core.step()
             self._seconds += time.perf_counter() - start
@@ -243,6 +247,13 @@ class Engine:
         with self._lock:
             self._require_open()
             self._core.sleep()
+
+    def sleep_unless_room(self) -> None:
+        """`sleep`, if whoever uses the device meanwhile may need the memory: on a GPU, until they have been seen to do with
+        what is left. So states and captured graphs stay between rollouts where there is room for them; see residency.py."""
+        own_bytes = self.runner.num_state_bytes
+        if self._residency is None or not self._residency.leave(own_bytes):
+            self.sleep()
 
     def wake(self) -> None:
         """Take the memory of states and pages again."""

@@ -93,6 +93,12 @@ class ModelRunner:
             for mine, measured in zip((state.key_scale, state.value_scale), kv_scales(self.model), strict=True):
                 mine.copy_(measured)
 
+    @property
+    def num_state_bytes(self) -> int:
+        """Of all slots and pages, while they are there."""
+        stacks = [] if self.state is None else [*self.state.slot_stacks, *self.state.page_stacks]
+        return sum(stack.numel() * stack.element_size() for stack in stacks)
+
     def free(self) -> None:
         """Give that memory back, and what was captured with it; `allocate` before the next step."""
         self.state = self._graphs = None

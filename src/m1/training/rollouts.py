@@ -59,7 +59,7 @@ class EngineSampler:
     precision: "float32" or "bfloat16", the sampler's. max_length: tokens of the longest prompt with its completion. With a
     process group it must be made before the model is divided: each rank then samples from a whole copy of its own, which takes
     the trained weights before every call, from device to device. keeps_memory: states, pages and captured steps stay on the
-    device between calls.
+    device between calls from the first one on; else as soon as there has been room for them.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class EngineSampler:
             completions = engine.generate(list(prompts), params)
         finally:
             if not self.keeps_memory:
-                engine.sleep()  # its states and pages are the trainer's memory until the next call
+                engine.sleep_unless_room()  # its states and pages are the trainer's memory until the next call
             self.model.train(was_training)
         return [
             [Sample(one.token_ids, one.logprobs, one.text, one.finish_reason == "length") for one in of_prompt]
