@@ -29,6 +29,7 @@ from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_
 from m1.training.run_directory import RunDirectory
 from m1.training.sharding import forget_gathered, shard_model, synchronize_gradients
 from m1.training.trackers import open_trackers
+from m1.training.working_copies import WorkingCopies
 
 
 class Batch(Protocol):
@@ -131,6 +132,7 @@ def train(
     shard_model(model, precision=config.precision, reshard_after_forward=config.reshard_after_forward)
     optimizer = build_optimizer(model, config)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    copies = WorkingCopies(model, config.precision)
     run = _Run(model, stage, config, directory, TrainingState(model, optimizer, average))
     log = MetricsLog(directory.metrics if directory and is_first() else None)
     first = _resume(run, log) if directory else 0
@@ -144,7 +146,7 @@ def train(
             _progress_bar(config.steps, first, title, is_on=progress) as bar,
         ):
             for step in range(first, config.steps):
-                record = _train_step(model, optimizer, stage, step, config, directory)
+                record = _train_step(model, optimizer, stage, step, config, directory, copies)
                 if average is not None:
                     average.update()
                 tokens += record["tokens"]
@@ -239,6 +241,7 @@ def _train_step(
     step: int,
     config: TrainConfig,
     directory: RunDirectory | None,
+    copies: WorkingCopies | None = None,
 ) -> Record:
     """One step: draw, and one optimizer update for each set of micro-batches drawn. Returns its line of metrics."""
     began = time.perf_counter()
@@ -247,7 +250,7 @@ def _train_step(
     totals: dict[str, float] = {}
     norms = []
     for batches in drawn.updates:
-        sums, norm = _accumulate(model, stage, batches, config)
+        sums, norm = _accumulate(model, stage, batches, config, copies)
         if not (math.isfinite(norm) and all(map(math.isfinite, sums.values()))):
             _stop_diverged(step, sums, norm, batches, directory)
         clip_gradients(model.parameters(), norm, config.max_grad_norm)
@@ -274,7 +277,11 @@ def _train_step(
 
 
 def _accumulate(
-    model: M1ForCausalLM, stage: Stage, batches: Sequence[Any], config: TrainConfig
+    model: M1ForCausalLM,
+    stage: Stage,
+    batches: Sequence[Any],
+    config: TrainConfig,
+    copies: WorkingCopies | None = None,
 ) -> tuple[dict[str, float], float]:
     """Gradients of one update over its micro-batches: (sums over all of them, gradient norm), read from the device once.
 
@@ -285,13 +292,15 @@ def _accumulate(
     forget_gathered(model)  # drawing may have gathered weights without gradients, which would get none
     num_targets = sum_over_ranks([sum(batch.num_targets for batch in batches if batch.counts)])[0]
     totals: dict[str, Tensor] = {}
-    with autocast(config.precision, model.device):
+    copies = copies or WorkingCopies(model, config.precision)
+    with autocast(config.precision, model.device), copies.in_place():
         for batch in batches:
             synchronize_gradients(model, batch is batches[-1])
             # A batch that doesn't count adds gradients of exactly zero, as if there were endlessly many targets.
             sums = stage.backward(batch.to(model.device), num_targets if batch.counts else math.inf)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + (value if batch.counts else torch.zeros_like(value))
+            copies.collect()
     values = torch.stack([*(value.double() for value in totals.values()), squared_gradient_norm(model.parameters())])
     *of_stage, squared_norm = add_over_ranks(values).tolist()
     return dict(zip(totals, of_stage, strict=True)), math.sqrt(squared_norm)

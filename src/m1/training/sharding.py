@@ -18,7 +18,7 @@ from m1.modeling import M1ForCausalLM
 from m1.training.distributed import is_distributed, num_ranks
 
 # Linear layers whose weight a mixer takes without calling them: gathered with the block, in float32.
-_NEVER_CALLED = ("dt_proj",)
+NEVER_CALLED = ("dt_proj",)
 
 
 def shard_model(
@@ -93,7 +93,7 @@ def _unsharded_matrices(module: nn.Module) -> list[nn.Module]:
     return [
         child
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and not name.endswith(_NEVER_CALLED) and not isinstance(child.weight, DTensor)
+        if isinstance(child, nn.Linear) and not name.endswith(NEVER_CALLED) and not isinstance(child.weight, DTensor)
     ]
 
 
