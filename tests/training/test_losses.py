@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from m1.training import losses
 from m1.training.losses import CrossEntropy, Divergence, TokenLogProbs, head_loss
 from m1.training.policy_loss import PolicyLoss, PolicyTokens
-from tests.numerics import CHUNKED_LOSS, rel_rms
+from tests.numerics import CHUNKED_LOSS, REL_RMS, rel_rms
 
 N, D, V = 37, 24, 53
 
@@ -195,6 +195,27 @@ def test_bfloat16_products_under_autocast():
     gradient = torch.autograd.grad(sums["loss"], weight)[0]
     assert sums["loss"].dtype == gradient.dtype == torch.float32
     assert 0 < rel_rms(gradient, torch.autograd.grad(expected, weight)[0]) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ce", "policy"])
+def test_the_gradient_of_the_head_on_a_gpu(kind):
+    """Summed over chunks in fp32 from bf16 products."""
+    hidden, weight, _, targets = heads()
+    tokens = PolicyTokens(targets, torch.randn(N), -torch.rand(N) * 5)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        states, matrix = (t.detach().to(device).requires_grad_() for t in (hidden, weight))
+        loss = CrossEntropy(targets.to(device))
+        if kind == "policy":
+            options = {"clip_low": 0.2, "clip_high": 0.28, "importance_cap": 2.0, "entropy_weight": 0.01, "temperature": 0.7}
+            loss = PolicyLoss(tokens.to(torch.device(device)), **options)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            sums = head_loss(loss, (states, matrix))
+        gradients.append([g.cpu() for g in torch.autograd.grad(sums["loss"], (states, matrix))])
+    for mine, theirs in zip(gradients[1], gradients[0], strict=True):
+        assert mine.dtype == torch.float32
+        assert rel_rms(mine, theirs) < REL_RMS[torch.bfloat16]
 
 
 def test_mistakes_are_named():
