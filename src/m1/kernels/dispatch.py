@@ -51,6 +51,12 @@ def require(is_met: bool, argument: str, expected: str, given: object) -> None:
         raise ValueError(f"`{argument}` must be {expected}; given: {given}")
 
 
+def is_like(tensor: Tensor, shape: Sequence[int], like: Tensor, dtypes: tuple[torch.dtype, ...] | None = None) -> bool:
+    """What require_tensor requires."""
+    is_dtype_right = tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes
+    return is_dtype_right and tensor.shape == tuple(shape) and tensor.device == like.device
+
+
 def require_tensor(
     argument: str,
     tensor: Tensor,
@@ -64,8 +70,7 @@ def require_tensor(
     `layout` names the dimensions ("T H P"), `shape` holds their sizes, `like` is the tensor whose device must match;
     `dtypes` None accepts every real floating dtype. Raises ValueError.
     """
-    is_dtype_right = tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes
-    if is_dtype_right and tensor.shape == tuple(shape) and tensor.device == like.device:
+    if is_like(tensor, shape, like, dtypes):
         return
     kinds = "floating" if dtypes is None else " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     sizes = ", ".join(f"{name}={size}" for name, size in zip(layout.split(), shape, strict=True))

@@ -39,7 +39,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 def as_rows(x: Tensor) -> Tensor:
     """View [..., D] as [rows, D] with adjacent elements in a row; copies only where the strides leave no other way."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

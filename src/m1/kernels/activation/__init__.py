@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from m1.kernels.dispatch import implementation_for, require, require_tensor
+from m1.kernels.dispatch import implementation_for, is_like, require, require_tensor
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -16,6 +16,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: for shapes or devices that differ, or a dtype that is not floating.
     """
     require(gate.is_floating_point(), "gate", "a floating tensor", gate.dtype)
-    require_tensor("up", up, " ".join(["size"] * gate.dim()), gate.shape, gate)
+    if not is_like(up, gate.shape, gate):
+        require_tensor("up", up, " ".join(["size"] * gate.dim()), gate.shape, gate)
     implementation = implementation_for(gate, __name__)
     return implementation.swiglu(gate, up)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from m1.kernels.dispatch import implementation_for, require, require_rank, require_tensor
+from m1.kernels.dispatch import implementation_for, is_like, require, require_rank, require_tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
@@ -19,10 +19,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Raises:
         ValueError: for a wrong shape, dtype, device or a negative eps.
     """
-    require(x.dim() > 0 and x.is_floating_point(), "x", "a floating tensor [..., D]", f"{x.dtype} {list(x.shape)}")
+    if not (x.dim() > 0 and x.is_floating_point()):
+        require(False, "x", "a floating tensor [..., D]", f"{x.dtype} {list(x.shape)}")
     require_tensor("weight", weight, "D", x.shape[-1:], x)
     require(eps >= 0, "eps", "at least 0", eps)
-    if residual is not None:
+    if residual is not None and not is_like(residual, x.shape, x, (x.dtype,)):
         layout = " ".join(["..."] * (x.dim() - 1) + ["D"])
         require_tensor("residual", residual, layout, x.shape, x, (x.dtype,))
     implementation = implementation_for(x, __name__)
