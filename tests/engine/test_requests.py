@@ -225,6 +225,26 @@ def test_steps_that_find_no_memory_are_made_smaller(model, most_tokens, monkeypa
     assert_all_free(engine)
 
 
+@pytest.mark.gpu
+def test_a_gpu_with_too_little_memory_for_a_step():
+    """A prefill of 8,000 tokens finds no room for its activations: the same tokens come out of smaller steps."""
+    model = tiny_model(hidden_size=64, intermediate_size=8192, max_position_embeddings=2048).to("cuda")
+    engine = Engine(model, max_num_seqs=8, max_num_batched_tokens=8192, enable_prefix_caching=False, num_pages=200)
+    prompts, params = random_prompts((1000,) * 8), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    expected = engine.generate(prompts, params)
+    assert engine.scheduler.max_num_batched_tokens == 8192
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 128 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = engine.generate(prompts, params)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert engine.scheduler.max_num_batched_tokens < 8192
+    assert [c.token_ids for (c,) in found] == [c.token_ids for (c,) in expected]
+    assert_all_free(engine)
+
+
 async def collect(stream) -> dict:
     found: dict = {}
     async for delta in stream:

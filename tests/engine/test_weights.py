@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from m1.engine import SamplingParams
+from m1.engine import SamplingParams, few_tokens
 from m1.engine.merging import MergedAttention, MergedMLP
 from m1.engine.packing import PackedLinear, can_pack
 from m1.modeling import M1ForCausalLM
@@ -107,6 +107,22 @@ def test_merged_projections_are_the_plain_ones(dtype):
         with torch.no_grad():
             assert rel_rms(mine.mlp(x), copy.deepcopy(model).to(dtype).model.layers[-1].mlp(x)) > REL_RMS[dtype]
         engine.update_weights()
+
+
+@pytest.mark.parametrize("most_tokens", [0, 3, 128])
+def test_streamed_products_are_the_plain_ones(most_tokens, monkeypatch):
+    """Below, at and above the number of tokens where the kernel takes over; new weights go to the same places."""
+    monkeypatch.setattr(few_tokens, "MOST_TOKENS", most_tokens)
+    model = tiny_model(mlp_bias=True, attention_bias=True)
+    engine = tiny_engine(model, dtype=torch.float64)
+    few_tokens.stream_linears(engine.model)
+    mixer = engine.model.model.layers[0].mixer
+    assert isinstance(mixer.in_proj, few_tokens.StreamedLinear)
+    assert isinstance(mixer.dt_proj, few_tokens.StreamedLinear)
+    assert [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)] == tokens_of(model)
+    train(model)
+    engine.update_weights()
+    assert [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)] == tokens_of(model)
 
 
 def test_tied_weights_stay_tied_in_a_copy():

@@ -125,13 +125,14 @@ def test_quantizing_kernels(shape: tuple[int, int], kernel: ModuleType, device: 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("num_tokens", "width", "num_outputs"), [(1, 32, 16), (5, 80, 48), (17, 160, 32)])
 def test_few_token_product(num_tokens: int, width: int, num_outputs: int, splits: int, kernel: ModuleType, device: str) -> None:
-    from m1.kernels.fp8.triton_product import ProductConfig, few_token_product
+    from m1.kernels.decode_linear.triton_product import ProductConfig, few_token_product
 
-    pair = quantized_pair(num_tokens, width, num_outputs, device)
+    pair = x, _, weight, _ = quantized_pair(num_tokens, width, num_outputs, device)
+    scales = pair[1], pair[3]
     bias = torch.randn(num_outputs, device=device)
     config = ProductConfig(64 if device == "cuda" else 16, 32, splits)
     for own in (bias, None):  # twice: the counters must be zero again
-        y = few_token_product(*pair, own, torch.float32, config)
+        y = few_token_product(x, weight, own, torch.float32, config, scales=scales)
         assert rel_rms(y, reference.fp8_linear(*pair, own, torch.float32)) < FP8_PRODUCT[device]
 
 

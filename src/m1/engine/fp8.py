@@ -14,12 +14,12 @@ from m1.engine.merging import MergedMLP
 from m1.kernels import fp8_linear, quantize_fp8, rms_norm_fp8, swiglu_fp8
 from m1.modeling.attention import RMSNorm
 from m1.modeling.hybrid import HybridBlock, M1ForCausalLM
+from m1.modeling.mamba1 import StepSizeProjection
 from m1.modeling.state import ModelState, SequenceLayout
 
 FP8 = torch.float8_e4m3fn
 ALIGNMENT = 16  # of the sizes of a product
 FIRST_CAPABILITY = (8, 9)  # GPUs before it multiply no 8-bit floating-point numbers
-NOT_QUANTIZED = ("dt_proj",)  # mixers take the weight instead of calling the layer, and it is small
 CALIBRATION_TOKENS = 512
 HEADROOM = 2.0  # of the largest key or value seen, before numbers saturate
 
@@ -110,7 +110,7 @@ def quantize_model(model: M1ForCausalLM) -> None:
 def _replace_linears(module: nn.Module) -> None:
     """One by one, so that no weight is held twice for long."""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and name not in NOT_QUANTIZED:
+        if isinstance(child, nn.Linear) and not isinstance(child, StepSizeProjection):
             setattr(module, name, Fp8Linear(child))
         else:
             _replace_linears(child)

@@ -7,8 +7,9 @@ long as the product. The ops are those that torch's own compiler emits for linea
 import torch
 from torch import Tensor, nn
 
+from m1.modeling.mamba1 import StepSizeProjection
+
 ROWS = 64  # the batch that the layout is chosen for; others run on it as well
-NOT_MODULES = ("dt_proj",)  # mixers take the weights of these instead of calling them
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -43,7 +44,7 @@ class PackedLinear(nn.Module):
 def pack_linears(module: nn.Module) -> None:
     """Replace every linear layer below `module`, one by one, so that no weight is held twice for long."""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and name not in NOT_MODULES:
+        if isinstance(child, nn.Linear) and not isinstance(child, StepSizeProjection):
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from m1.engine.few_tokens import can_stream, stream_linears
 from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
@@ -63,6 +64,8 @@ def for_sampling(model: M1ForCausalLM, is_quantized: bool = False) -> M1ForCausa
         quantize_model(model)
     elif can_pack(model.model.embed_tokens.weight):
         pack_linears(model)
+    if can_stream(model.model.embed_tokens.weight):
+        stream_linears(model)
     return model
 
 

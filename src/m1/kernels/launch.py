@@ -4,11 +4,13 @@ Imports triton, so only triton_impl.py files (and the kernels beside them) may i
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # TRITON_INTERPRET=1 runs kernels in numpy, which has no bfloat16: there matrix products take fp32 operands instead.
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -46,3 +48,28 @@ def as_rows(x: Tensor) -> Tensor:
 def with_unit_stride(x: Tensor) -> Tensor:
     """`x` itself if its last dimension is contiguous in memory, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@functools.cache
+def _can_chain(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def chaining(device: torch.device, is_wanted: bool = True) -> dict[str, Any]:
+    """Launch options of a kernel that calls `wait_for_previous(IS_CHAINED)` before it reads or writes anything.
+
+    It may then start before the kernel ahead of it in its stream has ended (programmatic dependent launch), where the GPU
+    knows that: between the short kernels of a decoding step nothing else fills the time. Kernels that don't call it see no
+    difference, whichever side they are on.
+    """
+    if is_wanted and _can_chain(device):
+        return {"IS_CHAINED": True, "launch_pdl": True}
+    return {"IS_CHAINED": False}
+
+
+@triton.jit
+def wait_for_previous(IS_CHAINED: tl.constexpr):
+    """Let the next kernel start, as far as there is room, and wait until the previous one has ended and can be read."""
+    if IS_CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()

@@ -24,6 +24,13 @@ def inverse_softplus(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+class StepSizeProjection(nn.Linear):
+    """The product of a linear layer; its bias enters inside the scan, added once and in fp32, beside the softplus."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 class Mamba1Mixer(nn.Module):
     """One mixer layer. `in_proj` rows are ordered z (d_inner), x (d_xb), B (d_xb), C (d_inner), dt (dt_rank)."""
 
@@ -36,7 +43,7 @@ class Mamba1Mixer(nn.Module):
         self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
         channels = config.d_inner if config.repeat_kv_before_conv else config.d_xb
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
-        self.dt_proj = nn.Linear(config.dt_rank, config.d_inner, bias=True)
+        self.dt_proj = StepSizeProjection(config.dt_rank, config.d_inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(config.d_inner, config.d_state))
         self.D = nn.Parameter(torch.empty(config.d_inner))
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=config.attention_output_bias)
@@ -66,8 +73,7 @@ class Mamba1Mixer(nn.Module):
         z, v, k, q, dt = split_rows(self.in_proj(x), self.splits)
         v, k, q = self.split_heads(v, k, q, rotary)
         heads = (self.num_heads, self.config.d_state)
-        # The bias enters inside the scan, added once and in fp32, beside the softplus.
-        dt = nn.functional.linear(dt, self.dt_proj.weight).unflatten(-1, heads)
+        dt = self.dt_proj(dt).unflatten(-1, heads)
         z = z.unflatten(-1, heads)
         y = self._step(z, v, k, q, dt, layout, state) if layout.is_decode else self._scan(z, v, k, q, dt, layout, state)
         return self.out_proj(y.flatten(1))

@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import as_rows, cdiv
+from m1.kernels.launch import as_rows, cdiv, chaining, wait_for_previous
 
 BLOCK = 2048
 
 
 @triton.jit
-def _forward_kernel(gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, num_columns, BLOCK: tl.constexpr):
+def _forward_kernel(
+    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, num_columns, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr
+):
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -71,7 +74,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     num_columns = rows.shape[1]
     with torch.cuda.device_of(gate):
         _forward_kernel[(len(rows), cdiv(num_columns, BLOCK))](
-            rows, up_rows, y, rows.stride(0), up_rows.stride(0), num_columns, BLOCK=BLOCK, num_warps=4
+            rows, up_rows, y, rows.stride(0), up_rows.stride(0), num_columns, BLOCK=BLOCK, num_warps=4, **chaining(gate.device)
         )
     return y
 

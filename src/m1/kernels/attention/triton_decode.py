@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import dot_dtype, num_multiprocessors
+from m1.kernels.launch import chaining, dot_dtype, num_multiprocessors, wait_for_previous
 
 MAX_SPLITS = 128
 PARTIAL_BYTES = 64 * 2**20  # most memory that the partial results may take
@@ -96,7 +96,9 @@ def _decode_split_kernel(
     table_stride, scale_stride,
     R: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, DOT: tl.constexpr, HAS_SCALE: tl.constexpr, IS_DIRECT: tl.constexpr, IS_PACKED: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     group, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(0) * R
     context = tl.minimum(tl.load(context_ptr + seq), capacity)
@@ -179,8 +181,9 @@ def _decode_split_kernel(
 @triton.jit(do_not_specialize=["window", "num_splits", "min_chunk", "capacity"])
 def _combine_kernel(
     partial_ptr, lse_ptr, context_ptr, out_ptr, window, num_splits, min_chunk, capacity,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     head, seq = tl.program_id(0), tl.program_id(1)
     context = tl.minimum(tl.load(context_ptr + seq), capacity)
     _, first, chunk = _split_bounds(context, window, num_splits, min_chunk, BLOCK_N)
@@ -245,13 +248,13 @@ def paged_decode(
         R=num_heads // num_groups, K=width, PAGE=page_size,
         BLOCK_R=max(triton.next_power_of_2(num_heads // num_groups), 16), BLOCK_K=block_k, BLOCK_N=config.block_n,
         DOT=dot_dtype(key_pages.dtype), HAS_SCALE=k_scale is not None, IS_DIRECT=is_direct, IS_PACKED=is_packed,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **chaining(q.device),
     )  # fmt: skip
     if not is_direct:
         block_s = triton.next_power_of_2(config.num_splits)
         _combine_kernel[(num_heads, num_sequences)](
             partial, lse, context_lens, out, window, config.num_splits, config.min_chunk, capacity,
             K=width, BLOCK_K=block_k, BLOCK_S=block_s, BLOCK_N=config.block_n,
-            num_warps=min(max(block_s * block_k // 1024, 1), 8),
+            num_warps=min(max(block_s * block_k // 1024, 1), 8), **chaining(q.device),
         )  # fmt: skip
     return out

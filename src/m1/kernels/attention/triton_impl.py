@@ -22,7 +22,7 @@ from torch import Tensor
 from m1.kernels.attention.triton_decode import paged_decode
 from m1.kernels.attention.triton_prefill import paged_prefill
 from m1.kernels.dispatch import require
-from m1.kernels.launch import with_unit_stride
+from m1.kernels.launch import chaining, wait_for_previous, with_unit_stride
 
 
 def paged_attention(
@@ -107,7 +107,9 @@ def _rope_write_kernel(
     key_stride_p, key_stride_r, key_stride_g, value_stride_p, value_stride_r, value_stride_g,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SCALE: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, BLOCK_HALF)
     in_half = half < HALF
@@ -198,7 +200,7 @@ def rope_write_kv(
             H=num_heads, G=num_groups, K=width, PAGE=key_pages.shape[1], BLOCK_H=triton.next_power_of_2(num_heads),
             BLOCK_G=triton.next_power_of_2(num_groups), HALF=width // 2,
             BLOCK_HALF=triton.next_power_of_2(width // 2), BLOCK_K=triton.next_power_of_2(width),
-            HAS_SCALE=k_scale is not None, num_warps=4,
+            HAS_SCALE=k_scale is not None, num_warps=4, **chaining(q.device),
         )  # fmt: skip
     return out
 

@@ -9,15 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from m1.kernels.decode_rows import DecodeRows
+from m1.kernels.launch import chaining, wait_for_previous
 
 
 @triton.jit
 def _gather_kernel(
     integers_ptr, floats_ptr, table_ptr, slot_ptr, freq_ptr, out_integers_ptr, lens_ptr, out_floats_ptr, out_table_ptr,
     angle_ptr, scaling, integers_stride, floats_stride, table_stride, num_rows, width, half, page_size,
-    HAS_PAGES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_PAGES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out_integers: [6, n] tokens, positions, seeds, top_k, next positions, kv slots; angle: [2, n, K] cos and sin."""
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0)
     slot = tl.load(slot_ptr + row)
     four = tl.arange(0, 4)
@@ -50,7 +52,8 @@ def _gather_kernel(
 
 
 @triton.jit
-def _advance_kernel(integers_ptr, slot_ptr, token_ptr, integers_stride, scratch):
+def _advance_kernel(integers_ptr, slot_ptr, token_ptr, integers_stride, scratch, IS_CHAINED: tl.constexpr):
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0)
     slot = tl.load(slot_ptr + row)
     tl.store(integers_ptr + slot, tl.load(token_ptr + row))
@@ -82,7 +85,7 @@ def gather_rows(
             integers, floats, block_tables, slots.contiguous(), inv_freq, out, lens, settings, tables, angles,
             scaling, integers.stride(0), floats.stride(0), 0 if block_tables is None else block_tables.stride(0),
             count, width, half, page_size, HAS_PAGES=tables is not None, BLOCK_W=256,
-            BLOCK_K=triton.next_power_of_2(half), num_warps=2,
+            BLOCK_K=triton.next_power_of_2(half), num_warps=2, **chaining(slots.device),
         )  # fmt: skip
     tokens, positions, seeds, top_k, next_positions, kv_slots = out.unbind()
     temperature, top_p, min_p = settings.unbind()
@@ -106,4 +109,6 @@ def gather_rows(
 def advance_rows(integers: Tensor, slots: Tensor, tokens: Tensor, scratch: int) -> None:
     """The public op's contract."""
     with torch.cuda.device_of(slots):
-        _advance_kernel[(slots.shape[0],)](integers, slots.contiguous(), tokens.contiguous(), integers.stride(0), scratch)
+        _advance_kernel[(slots.shape[0],)](
+            integers, slots.contiguous(), tokens.contiguous(), integers.stride(0), scratch, **chaining(slots.device)
+        )

@@ -1,6 +1,6 @@
-"""8-bit quantisation and products on a GPU: the launches. The product's kernel for few tokens is in triton_product.py.
+"""8-bit quantisation and products on a GPU. Up to MAX_TOKENS tokens the product is decode_linear's kernel.
 
-More than MAX_TOKENS tokens go to torch's scaled product, which is bound by arithmetic there.
+More tokens go to torch's scaled product, which is bound by arithmetic there.
 
 A program quantises one row, which it holds whole. Bytes moved: quantize_fp8 3 a number of x in bf16; rms_norm_fp8 with a
 residual 7; swiglu_fp8 5. Floors on an H100 at 3.0 TB/s, 512 tokens: 3,072 wide 1.6 µs, with norm and residual 3.7 µs;
@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.fp8.triton_product import MAX_TOKENS, few_token_product
-from m1.kernels.launch import as_rows
+from m1.kernels.decode_linear.triton_product import ProductConfig, few_token_product, fill
+from m1.kernels.launch import as_rows, chaining, num_multiprocessors, wait_for_previous
 from m1.kernels.triton_math import sigmoid
 
 LARGEST = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(1e-12)
+MAX_TOKENS = 128
 
 
 @triton.jit
@@ -32,7 +33,8 @@ def _store_quantized(row, x, columns, mask, values_ptr, scale_ptr, D):
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, values_ptr, scale_ptr, x_stride, D, BLOCK: tl.constexpr):
+def _quantize_kernel(x_ptr, values_ptr, scale_ptr, x_stride, D, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr):
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < D
@@ -43,8 +45,9 @@ def _quantize_kernel(x_ptr, values_ptr, scale_ptr, x_stride, D, BLOCK: tl.conste
 @triton.jit
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, values_ptr, scale_ptr, x_stride, residual_stride, D, eps,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < D
@@ -62,7 +65,10 @@ def _norm_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(gate_ptr, up_ptr, values_ptr, scale_ptr, gate_stride, up_stride, D, BLOCK: tl.constexpr):
+def _swiglu_kernel(
+    gate_ptr, up_ptr, values_ptr, scale_ptr, gate_stride, up_stride, D, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr
+):
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < D
@@ -76,9 +82,9 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
 
 
-def _row_launch(width: int) -> dict[str, int]:
+def _row_launch(width: int, device: torch.device) -> dict[str, Any]:
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16), **chaining(device)}
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +92,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     x = as_rows(x)
     values, scale = _outputs(x)
     with torch.cuda.device_of(x):
-        _quantize_kernel[(len(x),)](x, values, scale, x.stride(0), x.shape[1], **_row_launch(x.shape[1]))
+        _quantize_kernel[(len(x),)](x, values, scale, x.stride(0), x.shape[1], **_row_launch(x.shape[1], x.device))
     return values, scale
 
 
@@ -99,7 +105,7 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
     with torch.cuda.device_of(x):
         _norm_kernel[(len(x),)](
             x, residual, weight, summed, values, scale, x.stride(0), 0 if residual is None else residual.stride(0),
-            x.shape[1], eps, HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1]),
+            x.shape[1], eps, HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1], x.device),
         )  # fmt: skip
     return (values, scale) if residual is None else (values, scale, summed)
 
@@ -110,9 +116,21 @@ def swiglu_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     values, scale = _outputs(gate)
     with torch.cuda.device_of(gate):
         _swiglu_kernel[(len(gate),)](
-            gate, up, values, scale, gate.stride(0), up.stride(0), gate.shape[1], **_row_launch(gate.shape[1])
+            gate, up, values, scale, gate.stride(0), up.stride(0), gate.shape[1], **_row_launch(gate.shape[1], gate.device)
         )
     return values, scale
+
+
+def choose_config(num_tokens: int, num_outputs: int, width: int, multiprocessors: int) -> ProductConfig:
+    """A product's launch from shapes alone: tiles of 64 channels, and as much of k in flight as fits.
+
+    k is split only where there are few tiles and each has a long way to go.
+    """
+    tiles = triton.cdiv(num_outputs, 64)
+    block_k, num_stages = 256, 4
+    if num_tokens > 32 and tiles > multiprocessors // 2:  # tokens take the room of weights
+        block_k, num_stages = 128, 6 if tiles <= multiprocessors else 4
+    return ProductConfig(64, block_k, fill(tiles, width // block_k, multiprocessors, 9), 4, num_stages, 512)
 
 
 def fp8_linear(
@@ -122,9 +140,11 @@ def fp8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    config: ProductConfig | None = None,
 ) -> Tensor:
-    """See m1.kernels.fp8.fp8_linear."""
+    """See m1.kernels.fp8.fp8_linear; `config` overrides the launch sizes of few tokens."""
     if len(x) <= MAX_TOKENS:
-        return few_token_product(x, x_scale, weight, weight_scale, bias, out_dtype)
+        config = config or choose_config(len(x), len(weight), x.shape[1], num_multiprocessors(x.device))
+        return few_token_product(x, weight, bias, out_dtype, config, scales=(x_scale, weight_scale))
     y = torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale.t(), out_dtype=out_dtype, use_fast_accum=True)
     return y if bias is None else y.add_(bias)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import as_rows, cdiv, next_power_of_2, num_multiprocessors
+from m1.kernels.launch import as_rows, cdiv, chaining, next_power_of_2, num_multiprocessors, wait_for_previous
 
 TILE = 4096  # elements a program holds at once, more only where one row is longer
 
@@ -24,7 +24,9 @@ TILE = 4096  # elements a program holds at once, more only where one row is long
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, x_stride, residual_stride, num_rows, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     row_mask = rows < num_rows
@@ -144,7 +146,7 @@ def _norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
             rows, residual_rows, weight, y, summed, rstd,
             rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), len(rows), eps,
             D=rows.shape[1], ROWS=tile_rows, BLOCK_D=block, HAS_RESIDUAL=residual is not None, SAVE=is_saving,
-            num_warps=num_warps,
+            num_warps=num_warps, **chaining(x.device, not is_saving),
         )  # fmt: skip
     return y, summed, rstd
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.kernels.launch import num_multiprocessors, with_unit_stride
+from m1.kernels.launch import chaining, num_multiprocessors, wait_for_previous, with_unit_stride
 from m1.kernels.sampling.triton_filters import draw_filtered
 from m1.kernels.sampling.triton_noise import best_of, gumbel, row_key, uniform
 
@@ -70,8 +70,9 @@ def _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, V):
 def _scan_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     moments_ptr, best_ptr, group_ptr, stride, V, tiles_a_split, num_groups,
-    TILE: tl.constexpr, GROUP: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     factor, is_greedy, is_filtered, _, _, _ = _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, V)
     key = row_key(seed_ptr, position_ptr, row)
@@ -125,7 +126,9 @@ def _finish_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     moments_ptr, best_ptr, group_ptr, scratch_ptr, token_ptr, logprob_ptr, stride, V, num_groups, num_splits,
     GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, TILE: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     factor, _, is_filtered, top_k, top_p, min_p = _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, V)
     splits = tl.arange(0, BLOCK_S)
@@ -181,12 +184,12 @@ def sample(
     with torch.cuda.device_of(logits):
         _scan_kernel[(num_rows, config.num_splits)](
             logits, *settings, moments, best, peaks, logits.stride(0), num_tokens, tiles_a_split, num_groups,
-            TILE=config.tile, GROUP=config.group, num_warps=config.scan_warps,
+            TILE=config.tile, GROUP=config.group, num_warps=config.scan_warps, **chaining(device),
         )  # fmt: skip
         _finish_kernel[(num_rows,)](
             logits, *settings, moments, best, peaks, scratch, tokens, logprobs,
             logits.stride(0), num_tokens, num_groups, config.num_splits,
             GROUP=config.group, CANDIDATES=config.candidates, BLOCK_G=triton.next_power_of_2(num_groups),
-            BLOCK_S=MAX_SPLITS, TILE=config.tile, num_warps=config.finish_warps,
+            BLOCK_S=MAX_SPLITS, TILE=config.tile, num_warps=config.finish_warps, **chaining(device),
         )  # fmt: skip
     return tokens, logprobs

@@ -1,0 +1,70 @@
+"""Linear layers of small decoding batches on a GPU: a kernel that streams the weight where cuBLAS leaves bandwidth unused.
+
+Only in models that the engine has for itself; prefill and large batches go to cuBLAS as before. The kernel is in
+m1.kernels.decode_linear; weights stay where they are, under their names.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from m1.engine.merging import MergedMLP
+from m1.kernels import swiglu
+from m1.kernels.decode_linear import decode_linear, decode_swiglu
+from m1.modeling.hybrid import HybridBlock, M1ForCausalLM
+from m1.modeling.mamba1 import StepSizeProjection
+
+MOST_TOKENS = 64  # at which the kernel is the faster one
+
+
+class StreamedLinear(nn.Linear):
+    """`nn.Linear` without gradient, with its weight and bias. `adds_bias`: whether the output has it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adds_bias = not isinstance(linear, StepSizeProjection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.adds_bias else None
+        if x.shape[0] > MOST_TOKENS:
+            return nn.functional.linear(x, self.weight, bias)
+        return decode_linear(x, self.weight, bias)
+
+
+class StreamedMLP(nn.Module):
+    """`MergedMLP` that applies SwiGLU inside the product."""
+
+    def __init__(self, mlp: MergedMLP) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > MOST_TOKENS:
+            return self.down_proj(swiglu(*self.gate_up_proj(x)))
+        linear = self.gate_up_proj.linear
+        return self.down_proj(decode_swiglu(x, linear.weight, linear.bias))
+
+
+def can_stream(weight: Tensor) -> bool:
+    """Whether the kernel was made for weights of this kind and for this GPU."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+
+
+def stream_linears(model: M1ForCausalLM) -> None:
+    """Replace the linear layers of a model whose projections are merged, in place; 8-bit ones have such a kernel already."""
+    _replace_linears(model)
+    for block in cast("list[HybridBlock]", model.model.layers):
+        if isinstance(block.mlp, MergedMLP):
+            setattr(block, "mlp", StreamedMLP(block.mlp))  # noqa: B010  (of another class, on purpose)
+    model.train(model.training)
+
+
+def _replace_linears(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, StreamedLinear(child))
+        else:
+            _replace_linears(child)

@@ -1,0 +1,97 @@
+"""Triton products of few tokens against the torch reference in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m1.kernels.decode_linear import MAX_TOKENS, decode_linear, decode_swiglu, reference
+from tests.kernels.triton_cases import poison_memory
+from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
+
+pytest.importorskip("triton")
+from m1.kernels.decode_linear import triton_impl as kernel
+
+TOLERANCE = {torch.float32: REL_RMS_KERNEL_FP32, torch.bfloat16: REL_RMS[torch.bfloat16]}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_memory(monkeypatch)
+
+
+def make_inputs(
+    num_tokens: int, num_outputs: int, width: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (a part of wider rows), weight, bias."""
+    generator = torch.Generator().manual_seed(num_tokens + width)
+    x = torch.randn(num_tokens, 2 * width, generator=generator)[:, :width]
+    weight = torch.randn(num_outputs, width, generator=generator) / width**0.5
+    return *(t.to(device, dtype) for t in (x, weight)), torch.randn(num_outputs, generator=generator).to(device, dtype)
+
+
+def swiglu_of(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("num_tokens", "num_outputs", "width"), [(1, 70, 72), (3, 16, 256), (17, 130, 96), (40, 64, 64)])
+def test_products(num_tokens, num_outputs, width, splits, dtype, device):
+    """Sizes that fill no tile, splits of which the last is short or has nothing, with and without bias; twice, for the
+    counters must be zero again."""
+    check_products(num_tokens, num_outputs, width, kernel.ProductConfig(64, 32, splits, num_ahead=128), dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [None, kernel.ProductConfig(64, 64, 5, 4, 3, 512), kernel.ProductConfig(128, 64, 1, 8, 3)])
+def test_products_at_model_sizes(config, dtype):
+    for num_tokens in (1, 33, 128):
+        check_products(num_tokens, 1030, 3072, config, dtype, "cuda")
+
+
+def check_products(num_tokens, num_outputs, width, config, dtype, device):
+    x, weight, bias = make_inputs(num_tokens, num_outputs, width, dtype, device)
+    for own in (None, bias):
+        wide = F.linear(x.double(), weight.double(), None if own is None else own.double())
+        for _ in range(2):
+            assert rel_rms(kernel.decode_linear(x, weight, own, config), wide) < TOLERANCE[dtype]
+            assert rel_rms(kernel.decode_swiglu(x, weight, own, config), swiglu_of(wide)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference(dtype):
+    x, weight, bias = make_inputs(5, 48, 40, dtype, "cpu")
+    wide = F.linear(x.double(), weight.double(), bias.double())
+    assert rel_rms(decode_linear(x, weight, bias), wide) < REL_RMS[dtype]
+    assert rel_rms(decode_swiglu(x, weight, bias), swiglu_of(wide)) < REL_RMS[dtype]
+    assert torch.equal(reference.decode_linear(x, weight, None), F.linear(x, weight))
+
+
+def test_bad_arguments_are_named():
+    x, weight, bias = make_inputs(5, 48, 40, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="`x`"):
+        decode_linear(x.new_ones(MAX_TOKENS + 1, 40), weight)
+    with pytest.raises(ValueError, match="`weight`"):
+        decode_linear(x, weight[:, :30])
+    with pytest.raises(ValueError, match="`weight`"):
+        decode_swiglu(x, weight[:47])
+    with pytest.raises(ValueError, match="`bias`"):
+        decode_linear(x, weight, bias[:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 32, 128])
+def test_model_sizes_in_a_chain(num_tokens):
+    """A decoding MLP again and again, each kernel launched before the one ahead has ended: nobody reads too early."""
+    x, gate_up, _ = make_inputs(num_tokens, 2 * 8192, 3072, torch.bfloat16, "cuda")
+    _, down, _ = make_inputs(num_tokens, 3072, 8192, torch.bfloat16, "cuda")
+    config = kernel.ProductConfig(64, 64, 2, num_ahead=256)
+    for _ in range(20):
+        hidden = kernel.decode_swiglu(x, gate_up, None, config)
+        chained = kernel.decode_linear(hidden, down, None, config)
+        expected = reference.decode_linear(reference.decode_swiglu(x, gate_up, None), down, None)
+        assert rel_rms(chained, expected) < 2 * REL_RMS[torch.bfloat16]
+        x = chained / chained.float().square().mean(-1, keepdim=True).sqrt().to(chained.dtype)
