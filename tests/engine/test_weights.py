@@ -112,7 +112,13 @@ def test_merged_projections_are_the_plain_ones(dtype):
 @pytest.mark.parametrize("most_tokens", [0, 3, 128])
 def test_streamed_products_are_the_plain_ones(most_tokens, monkeypatch):
     """Below, at and above the number of tokens where the kernel takes over; new weights go to the same places."""
-    monkeypatch.setattr(few_tokens, "MOST_TOKENS", most_tokens)
+    for name, value in (
+        ("MOST_TOKENS", most_tokens),
+        ("MOST_TOKENS_IF_WIDE", most_tokens),
+        ("LEAST_WEIGHTS", 0),
+        ("ALIGNMENT", 1),
+    ):
+        monkeypatch.setattr(few_tokens, name, value)
     model = tiny_model(mlp_bias=True, attention_bias=True)
     engine = tiny_engine(model, dtype=torch.float64)
     few_tokens.stream_linears(engine.model)

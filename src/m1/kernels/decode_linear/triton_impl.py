@@ -1,24 +1,35 @@
 """Products of few tokens on a GPU in the model's own dtype: sizes of the launches. The kernel is in triton_product.py."""
 
 import torch
-import triton
 from torch import Tensor
 
-from m1.kernels.decode_linear.triton_product import ProductConfig, few_token_product, fill
-from m1.kernels.launch import num_multiprocessors, with_unit_stride
+from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig, few_token_product
+from m1.kernels.launch import cdiv, num_multiprocessors, with_unit_stride
 
 
-def choose_config(num_tokens: int, num_outputs: int, width: int, multiprocessors: int, is_pair: bool) -> ProductConfig:
-    """A launch from shapes alone."""
-    block_n, block_k = 64, 64 if is_pair else 128
-    splits = fill(triton.cdiv(num_outputs, block_n), width // block_k, multiprocessors, 4)
-    return ProductConfig(block_n, block_k, splits, num_ahead=512)
+def choose_config(
+    num_tokens: int, num_outputs: int, width: int, multiprocessors: int, is_pair: bool, num_bytes: int = 2
+) -> ProductConfig:
+    """A launch from shapes and bytes an element alone (best of a sweep over M1-3B's shapes on an H100, 16-bit).
+
+    As much of k is in flight as fits beside the tokens; k is split in two where tiles are fewer than half the multiprocessors
+    and each has a long way to go.
+    """
+    tiles = cdiv(num_outputs, 64)
+    block_k = 64 if width % 128 or (num_tokens > 64 and (is_pair or tiles > multiprocessors)) else 128
+    num_stages = 5 if (num_tokens <= 32 and not is_pair) or (num_tokens > 64 and is_pair) else 4
+    splits = 2 if 2 * tiles <= multiprocessors and width >= 16 * block_k else 1
+    if num_bytes > 2:
+        block_k, num_stages = 32, 3
+    return ProductConfig(64, block_k, splits, 4, num_stages, AHEAD // num_bytes)
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, is_pair: bool, config: ProductConfig | None) -> Tensor:
     x, weight = with_unit_stride(x), weight.contiguous()
     num_outputs = weight.shape[0] // 2 if is_pair else weight.shape[0]
-    config = config or choose_config(x.shape[0], num_outputs, x.shape[1], num_multiprocessors(x.device), is_pair)
+    if config is None:
+        sizes = (x.shape[0], num_outputs, x.shape[1], num_multiprocessors(x.device))
+        config = choose_config(*sizes, is_pair, x.element_size())
     return few_token_product(x, weight, bias, x.dtype, config, is_pair=is_pair)
 
 

@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from m1.kernels.launch import chaining, dot_dtype
 
 MAX_TILES = 2**14
+AHEAD = 512  # bytes of each row that are best brought to the L2 cache ahead, as measured on an H100 between 0 and 4,096
 FETCH_ALIGNMENT = 16  # bytes
 
 
@@ -191,8 +192,3 @@ def few_token_product(
             num_stages=config.num_stages, **chaining(x.device, is_chained),
         )  # fmt: skip
     return y
-
-
-def fill(num_tiles: int, num_steps: int, multiprocessors: int, fewest_steps: int) -> int:
-    """Splits of k so that about two programs a multiprocessor read at once, each at least `fewest_steps` steps of its loop."""
-    return max(min(2 * multiprocessors // num_tiles, num_steps // fewest_steps), 1)
