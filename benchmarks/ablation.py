@@ -141,7 +141,8 @@ class Arms:
             selection = self.bench.select(self.aligned())
             write_json(path, selection.as_json() | {"seconds": round(time.perf_counter() - began, 1)})
         found = json.loads(path.read_text(encoding="utf-8"))
-        return self.restored(found["attention_layers"]), {"ranking": found["ranking"], "seconds_selecting": found["seconds"]}
+        facts = {"ranking": found["ranking"], "seconds_selecting": found["seconds"]}
+        return self.restored(found["attention_layers"]), self.facts_of_alignment() | facts
 
     def as_in_the_paper(self) -> tuple[M1ForCausalLM, dict[str, Any]]:
         tokens = int(self.options.align_tokens) + int(self.options.distill_tokens)
@@ -151,7 +152,8 @@ class Arms:
         result = self.bench.distill(student, tokens or int(self.options.distill_tokens))
         self.clock.saw(result)
         self.save(student, self.options.work / f"distilled-{self.mixer}-{name}")
-        return student, {"distill": training_facts(result, "kl")}
+        before = {} if name == "paper" else self.facts_of_alignment()
+        return student, before | {"distill": training_facts(result, "kl")}
 
     def save(self, model: M1ForCausalLM, path: Path) -> None:
         """As a training stage does: tied weights once, in bf16."""

@@ -19,6 +19,7 @@ from tests.training.tiny import byte_tokenizer
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import ablation
+import ablation_table
 import hybrid_arms
 import measure_run
 import split_problems
@@ -75,6 +76,10 @@ def test_arms_are_made_measured_and_not_made_twice(place, tmp_path, capsys):
     assert rows["mamba2 even"]["distill"]["tokens"] > 256 and len(rows["mamba2 even"]["distill"]["curve"]) == 2
     assert (tmp_path / "work" / "records" / "mamba2-even.jsonl.gz").is_file()
     capsys.readouterr()
+    ablation_table.main([str(out), "--plot", str(tmp_path / "plot.svg")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in rows]
+    assert "| mamba2 even | 3 | 0.0M |" in lines[4] and (tmp_path / "plot.svg").read_text().count("<svg") == 1
     ablation.main(arguments(place, out, *only))
     assert "mamba2" not in capsys.readouterr().out and json.loads(out.read_text()) == content
     with pytest.raises(ValueError, match=r"align_tokens = 256\.0, not 512\.0"):
