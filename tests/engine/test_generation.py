@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from m1.engine import Completion, Engine, SamplingParams
+from m1.engine import Completion, Engine, SamplingParams, core
 from m1.modeling import M1ForCausalLM
 from tests.engine.models import EOS, VARIANTS, assert_all_free, byte_tokenizer, random_prompts, tiny_engine, tiny_model
 from tests.numerics import ENGINE_LOGPROBS, ENGINE_LOGPROBS_BF16
@@ -99,6 +99,23 @@ def test_samples_do_not_depend_on_the_schedule(variant, schedule):
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=ENGINE_LOGPROBS, rtol=0)
     if "num_pages" in schedule:
         assert engine.metrics.num_preemptions > 0
+    assert_all_free(engine)
+
+
+def test_prompts_that_start_together_find_the_host_ahead(monkeypatch):
+    """Reading lags behind by as many steps as a prefill takes the host, just before each; the tokens are the same."""
+    monkeypatch.setitem(core.ADMISSION_INTERVAL, "cpu", 6)
+    monkeypatch.setitem(core.ADMISSION_LEAD, "cpu", 4)
+    engine = tiny_engine(tiny_model(), max_num_seqs=3, max_model_len=40)
+    requests = [engine.submit(prompt, own) for prompt, own in zip(SAMPLED_PROMPTS, SAMPLED_PARAMS, strict=True)]
+    lags = []
+    while engine.has_work:
+        engine.step()
+        lags.append(len(engine._core.in_flight))
+    assert max(lags) == 4
+    assert 0 < lags.count(0) < len(lags)
+    for request, alone in zip(requests, each_prompt_alone("mamba1"), strict=True):
+        assert [request.completions[i].token_ids for i in range(3)] == [c.token_ids for c in alone]
     assert_all_free(engine)
 
 

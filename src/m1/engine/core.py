@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 
 # Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
 STEPS_AHEAD = {"cpu": 0, "cuda": 2}
-# Steps between admissions to an engine that is at least half full. A prefill is launched kernel by kernel.
+# Steps between admissions to an engine that is at least half full. A prefill is launched kernel by kernel, which takes the host
+# as long as the GPU takes for some steps: so many more are launched unread by then, or the GPU would wait.
 ADMISSION_INTERVAL = {"cpu": 1, "cuda": 16}
+ADMISSION_LEAD = {"cpu": 0, "cuda": 8}
 
 
 class EngineCore:
@@ -63,6 +65,7 @@ class EngineCore:
         )
         self.outputs = outputs
         self.num_steps_ahead = STEPS_AHEAD[kind] if num_steps_ahead is None else num_steps_ahead
+        self._admission_lead = ADMISSION_LEAD[kind] if num_steps_ahead is None else 0
         self.in_flight: deque[tuple[Batch, Download]] = deque()  # steps launched and not yet read, oldest first
         self.num_steps = self.num_generated = 0
 
@@ -77,7 +80,7 @@ class EngineCore:
                 self.in_flight.append((batch, self.runner.launch(batch)))
                 self.scheduler.advance(batch)
             # Where there is nothing to compute, wait for the oldest step: its tokens end sequences or let others start.
-            num_ahead = self.num_steps_ahead if batch.num_tokens else max(0, len(self.in_flight) - 1)
+            num_ahead = self._num_ahead() if batch.num_tokens else max(0, len(self.in_flight) - 1)
             while len(self.in_flight) > num_ahead:
                 self._read(*self.in_flight.popleft())
         except torch.OutOfMemoryError as error:
@@ -91,6 +94,10 @@ class EngineCore:
             self.in_flight.clear()  # computed for sequences that have ended
         self.num_steps += 1
         return self.outputs.take_ended()
+
+    def _num_ahead(self) -> int:
+        """Steps that may stay unread: the more the nearer the next prefill is."""
+        return self.num_steps_ahead + max(0, self._admission_lead - self.scheduler.steps_to_admission)
 
     def _read(self, batch: Batch, results: Download) -> None:
         """Enter a step's tokens, and end the sequences that are done."""

@@ -87,6 +87,16 @@ class Scheduler:
         return [sequence for _, sequence in sorted(self._waiting) if sequence.status is Status.WAITING]
 
     @property
+    def steps_to_admission(self) -> int:
+        """In how many steps waiting prompts will be looked at, where the house is so full that they are let in together."""
+        is_held = self.num_waiting and self._is_busy
+        return max(0, self.admission_interval - self._steps_since_admission) if is_held else self.admission_interval
+
+    @property
+    def _is_busy(self) -> bool:
+        return 2 * self.table.num_sequences >= self.max_num_seqs
+
+    @property
     def is_idle(self) -> bool:
         return not self.running and not self.num_waiting
 
@@ -165,8 +175,7 @@ class Scheduler:
         """Start waiting sequences in order, as long as samples that have yet to fork keep their places."""
         num_admitted = 0
         self._steps_since_admission += 1
-        is_busy = 2 * self.table.num_sequences >= self.max_num_seqs
-        if is_busy and self._steps_since_admission < self.admission_interval:
+        if self._is_busy and self._steps_since_admission < self.admission_interval:
             return 0
         while self._waiting and budget > 0:
             sequence = self._waiting[0][1]
