@@ -74,7 +74,7 @@ def write_run_record(directory: str | Path, command: str, config: dict[str, Any]
             break
     record = {
         "command": command,
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],  # where the program lies says nothing about what it did
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": git_revision(),
         "config": config,
