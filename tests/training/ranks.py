@@ -21,13 +21,14 @@ from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.training.align import align
 from m1.training.distill import distill
-from m1.training.distributed import is_first, local_device
+from m1.training.distributed import is_first, local_device, rank
 from m1.training.distributed import ranks as process_group
 from m1.training.grpo import grpo
 from m1.training.loop import train
 from m1.training.on_policy import distill_on_policy
 from m1.training.optimizer import select_trainable
 from m1.training.run_directory import RunDirectory
+from m1.training.select import Selection, select
 from m1.training.sft import SFTStage, sft
 from m1.training.sharding import full_parameters, shard_model
 from m1.training.teacher_cache import CachedTeacher, TeacherCache
@@ -151,6 +152,15 @@ def run_padded_cases(names: Sequence[str], out: Path) -> None:
     """With rows of `in_proj` padded, as they are on a GPU. In a process of its own: nothing is put back."""
     AlignedLinear.is_padding = staticmethod(lambda x: True)  # type: ignore[method-assign]
     run_cases(names, out)
+
+
+def run_select(out: Path) -> Selection:
+    """A selection of two layers on however many ranks there are; each writes what it chose into `out`."""
+    student, teacher = tiny.model(attention=(), layers=4), tiny.model(attention=range(4), layers=4, seed=1)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    selection = select(student, teacher, tiny.documents(9), 2, tokens_per_batch=40, precision="float32", progress=False)
+    (out / f"selection-{rank()}.json").write_text(json.dumps(selection.as_json()))
+    return selection
 
 
 def read_case(name: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

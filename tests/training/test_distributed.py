@@ -14,6 +14,7 @@ from m1.config import DistillConfig
 from m1.modeling.loading import load_model, load_tokenizer
 from m1.training import distill as distill_module
 from m1.training import distributed
+from m1.training.select import Selection
 from tests.numerics import GOLDEN_LOSS, RANKS_EQUAL_ONE, ROUNDING, rel_rms
 from tests.training import ranks, tiny
 
@@ -43,6 +44,16 @@ def test_two_ranks_train_as_one_does(name, on_two, tmp_path):
     assert weights.keys() == weights_of_two.keys()
     for key, weight in weights.items():
         assert rel_rms(weights_of_two[key], weight) < tolerance, key
+
+
+def test_two_ranks_select_as_one_does(tmp_path):
+    ranks.run_ranks(2, ranks.run_select, tmp_path)
+    first, second = (json.loads((tmp_path / f"selection-{number}.json").read_text()) for number in (0, 1))
+    assert first == second
+    expected = ranks.run_select(tmp_path)
+    assert Selection.from_json(first).ranking == expected.ranking
+    for one, other in zip(Selection.from_json(first).rounds, expected.rounds, strict=True):
+        assert one.kl_of_layer == pytest.approx(other.kl_of_layer, rel=RANKS_EQUAL_ONE[torch.float32])
 
 
 PADDED = ["distill, mamba2, embeddings and attention frozen", "align"]

@@ -3,6 +3,7 @@
 Starting from the student, each mixer layer in turn gets the teacher's attention back; the one that brings the student's
 predictions nearest to the teacher's, by KL on held-out tokens, stays so, and the others are measured again, until enough are
 chosen. One model holds both kinds of layers, and a candidate's pass starts at its layer: what comes before is the same.
+Under `torchrun` every rank has both models and measures its share of the tokens.
 """
 
 import copy
@@ -23,12 +24,13 @@ from m1.config import SelectConfig, require
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.attention import Attention
 from m1.modeling.hybrid import HybridBlock
-from m1.modeling.loading import choose_device, load_config, load_model, load_tokenizer
+from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import require_disk, write_json
 from m1.training.align import require_same_shape
 from m1.training.command import parameter_bytes
 from m1.training.data import make_documents
 from m1.training.distill import require_same_tokenizer, require_same_vocabulary
+from m1.training.distributed import add_over_ranks, is_first, num_ranks, ranks, say, share, sum_over_ranks
 from m1.training.loop import autocast
 from m1.training.losses import Divergence, head_loss, target_states
 from m1.training.packing import Document, PackedBatch, best_fit, pack
@@ -36,6 +38,7 @@ from m1.training.run_directory import RunDirectory
 from m1.training.sources import read_rows
 
 SELECTION, PLOT = "selection.json", "selection.svg"
+TIMEOUT = 600.0  # seconds that a rank waits for the others
 
 
 @dataclass
@@ -125,10 +128,11 @@ def select(
     for layer in selection.ranking:
         _restore_for_good(student, teacher, layer)
     lengths = [len(document.token_ids) for document in documents]
-    batches = [pack([documents[i] for i in bin_]) for bin_ in best_fit(lengths, max(tokens_per_batch, *lengths))]
+    bins = share(best_fit(lengths, max(tokens_per_batch, *lengths)))
+    batches = [pack([documents[i] for i in bin_]) for bin_, counts in bins if counts]
     num_rounds, num_mixers = count - len(selection.attention_layers), len(student.config.mixer_layers)
     total = sum(num_mixers - i for i in range(num_rounds)) * len(batches)
-    with tqdm(total=total, desc="select", unit="pass", disable=None if progress else True) as bar:
+    with tqdm(total=total, desc="select", unit="pass", disable=None if progress and is_first() else True) as bar:
         while len(selection.attention_layers) < count:
             selection.rounds.append(_measure(student, teacher, batches, precision, bar))
             _restore_for_good(student, teacher, selection.rounds[-1].chosen)
@@ -162,7 +166,8 @@ def _measure(
     for batch in batches:
         with autocast(precision, student.device):
             sums += _divergences(student, teacher, batch.to(student.device), bar)
-    kl, *of_layers = (sums / sum(batch.num_targets for batch in batches)).tolist()
+    targets = sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
+    kl, *of_layers = (add_over_ranks(sums) / targets).tolist()
     return Round(kl, dict(zip(layers, of_layers, strict=True)))
 
 
@@ -215,37 +220,45 @@ def run(config: SelectConfig) -> None:
     _require_fit(config, load_config(config.model), load_config(config.teacher))
     directory = RunDirectory("select", config)
     if directory.is_finished:
-        print(f"{config.out} is finished already: a hybrid. Next: m1 distill --model {config.out} --teacher {config.teacher} …")
+        say(f"{config.out} is finished already: a hybrid. Next: m1 distill --model {config.out} --teacher {config.teacher} …")
         return
+    with ranks(config.device, TIMEOUT) as device:
+        selection = _select_into(directory, config, count, device)
+        say(f"attention stays in layers {', '.join(map(str, selection.attention_layers))}: {directory.path / SELECTION}")
+        say(
+            f"The hybrid with them restored is {config.out}. Next: m1 distill --model {config.out} --teacher {config.teacher} …"
+        )
+        say(f"or, to start anew: m1 convert --base {config.teacher} --attention-layers {directory.path / SELECTION} --out …")
+
+
+def _select_into(directory: RunDirectory, config: SelectConfig, count: int, device: torch.device) -> Selection:
+    """Make, or finish, the selection in its directory, with its plot and the hybrid."""
     tokenizer = load_tokenizer(config.model)
     require_same_tokenizer(tokenizer, config.teacher)
     documents = _read_documents(config, tokenizer)
-    device, dtype = choose_device(config.device), getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype)
     require_disk(config.out, parameter_bytes(load_config(config.teacher), dtype.itemsize), "the hybrid")
     student, teacher = (load_model(name, dtype=torch.float32, device=device) for name in (config.model, config.teacher))
-    print(f"m1 select: {count} of {student.config.num_hidden_layers} layers of {config.model} become or stay attention")
+    place = f"{num_ranks()} ranks of {device.type}" if num_ranks() > 1 else str(device)
+    say(f"m1 select: {count} of {student.config.num_hidden_layers} layers of {config.model} become or stay attention")
     targets = sum(document.num_targets for document in documents)
-    print(f"  measured on {targets:,} tokens of {len(documents):,} documents, on {device}", flush=True)
+    say(f"  measured on {targets:,} tokens of {len(documents):,} documents, on {place}")
     directory.create(tokenizer)
     path = directory.path / SELECTION
     begun = Selection.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    selection = select(
-        student,
-        teacher,
-        documents,
-        count,
-        tokens_per_batch=config.tokens_per_batch,
-        precision=config.precision,
-        begun=begun,
-        on_round=lambda selection: write_json(path, selection.as_json()),
-    )
+
+    def keep(selection: Selection) -> None:
+        if is_first():
+            write_json(path, selection.as_json())
+
+    options: dict[str, Any] = {"tokens_per_batch": config.tokens_per_batch, "precision": config.precision}
+    selection = select(student, teacher, documents, count, **options, begun=begun, on_round=keep)
     for number, one in enumerate(selection.rounds, start=1):
-        print(f"{number:3}. {_describe(one)}")
-    plot(selection).savefig(directory.path / PLOT)
+        say(f"{number:3}. {_describe(one)}")
+    if is_first():
+        plot(selection).savefig(directory.path / PLOT)
     directory.export(_as_hybrid(student), ranking=selection.as_json()["ranking"])
-    print(f"attention stays in layers {', '.join(map(str, selection.attention_layers))}: {path}, plotted in {PLOT} beside it")
-    print(f"The hybrid with them restored is {config.out}. Next: m1 distill --model {config.out} --teacher {config.teacher} …")
-    print(f"or, to start anew: m1 convert --base {config.teacher} --attention-layers {path} --out …")
+    return selection
 
 
 def _count_of(config: SelectConfig, student: M1Config) -> int:
