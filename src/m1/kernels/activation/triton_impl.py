@@ -81,4 +81,6 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up in gate's dtype, computed in fp32; differentiable; the public op's contract."""
-    return _SwiGLU.apply(gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up)
+    return _forward(gate, up)

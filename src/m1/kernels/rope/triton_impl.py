@@ -69,7 +69,10 @@ class _Rotary(torch.autograd.Function):
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head of x [T, H, K] by its token's angles; differentiable in x; the public op's contract."""
-    return _Rotary.apply(x, with_unit_stride(cos), with_unit_stride(sin))
+    cos, sin = with_unit_stride(cos), with_unit_stride(sin)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotary.apply(x, cos, sin)
+    return _launch(x, cos, sin, is_backward=False)
 
 
 @triton.jit
