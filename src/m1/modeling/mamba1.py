@@ -40,7 +40,7 @@ class Mamba1Mixer(nn.Module):
         self.num_heads = config.d_inner // config.d_state
         self.num_groups = config.d_xb // config.d_state
         self.splits = [config.d_inner, config.d_xb, config.d_xb, config.d_inner, config.dt_rank]
-        self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
+        self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias, alignment=8)
         channels = config.d_inner if config.repeat_kv_before_conv else config.d_xb
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
         self.dt_proj = StepSizeProjection(config.dt_rank, config.d_inner, bias=True)

@@ -37,7 +37,7 @@ class Mamba2Mixer(nn.Module):
         self.layer, self.config = layer, config
         self.num_heads = config.num_attention_heads
         self.splits = [config.d_inner, config.d_xb, config.d_xb, config.d_inner, self.num_heads]
-        self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias)
+        self.in_proj = AlignedLinear(config.hidden_size, sum(self.splits), bias=config.mixer_bias, alignment=16)
         channels = conv_channels(config)
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
