@@ -246,23 +246,23 @@ def main() -> None:
     with ranks(options.device, 600) as device:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         say(f"{num_ranks()} × {name}, torch {torch.__version__}")
+        setting: dict[str, Any] = {
+            "device": name,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+            "revision": git_revision(),
+            "command": ["python", *sys.argv],
+            "matrix_limit_flops": MATRIX_LIMIT,
+        }
         for size, mixer, stage in itertools.product(options.sizes, options.mixers, options.stages):
             results.append(measure(size, mixer, stage, options.steps, device, options))
             show(results[-1])
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if is_first():
-            setting = {
-                "device": name,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": sys.version.split()[0],
-                "revision": git_revision(),
-                "command": ["python", *sys.argv],
-                "seconds": round(time.perf_counter() - began, 1),
-                "matrix_limit_flops": MATRIX_LIMIT,
-            }
-            write_json(Path(options.out), {"setting": setting, "results": [asdict(result) for result in results]})
+            if is_first():  # after every case: what is measured is kept
+                setting["seconds"] = round(time.perf_counter() - began, 1)
+                write_json(Path(options.out), {"setting": setting, "results": [asdict(result) for result in results]})
 
 
 if __name__ == "__main__":
