@@ -13,7 +13,7 @@ Measures, of which the last is what counts and the others say why:
 
     steps    a decode step alone (its graph replayed), at some lengths of context, beside what bytes and operations allow
     prefill  all prompts, with one token each
-    profile  20 steps of the running engine: time by class of kernel, and the share of time in which the GPU did nothing
+    profile  32 steps of the running engine: time by class of kernel, and the share of time in which the GPU did nothing
     run      the whole case, after a short one in which kernels are compiled and graphs captured
     warm     that short one alone, in little memory: fills Triton's cache, beside whatever else runs
 
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import transformers
 from engine_models import random_model, step_cost
-from engine_profile import profile
+from engine_profile import StepWatch, profile
 
 from m1.engine import Engine, SamplingParams
 from m1.engine.graphs import Key, next_of
@@ -48,6 +48,7 @@ CASES = [
     "m1-3b/512/2048",
     "m1-3b/128/4096",
     "m1-3b/128/16384@steps,prefill",
+    "m1-3b/32/16384@steps,prefill",
     "m1-3b+fp8/32/2048",
     "m1-3b+fp8/512/2048",
     "m1-3b+fp8/128/4096",
@@ -55,10 +56,13 @@ CASES = [
     "llama-3b/32/2048",
     "llama-3b/128/4096@steps,prefill",
     "llama-3b/512/2048@steps,prefill",
+    "llama-3b/32/16384@steps,prefill",
+    "llama-3b/128/16384@steps",
 ]
 MEASURES = ["steps", "prefill", "profile", "run"]
 PROMPT = 256
 PAGE_SIZE = 64
+NUM_PROFILED = 32  # steps: prompts that wait start twice in them
 REASONER = {"prompt": 100, "samples": 16, "mean": 283, "longest": 512, "rounds": 3}
 
 
@@ -253,53 +257,14 @@ def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
         engine.step()
     for _ in range(40):
         engine.step()
-    found = profile(engine.step, 20)
+    found = profile(engine.step, NUM_PROFILED)
     found.show()
     engine._core.drop_all(RuntimeError("measured"))
     return asdict(found)
 
 
-class StepWatch:
-    """Steps of an engine, with what the host did in each: where a run is slower than its decode steps, this says in which."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.seconds: list[float] = []
-        self.notes: list[str] = []
-
-    def step(self) -> None:
-        engine, graphs = self.engine, self.engine.runner._graphs
-        num_captured = graphs.num_captured if graphs else 0
-        start = time.perf_counter()
-        engine.step()
-        self.seconds.append(time.perf_counter() - start)
-        graphs = engine.runner._graphs
-        batch = engine._core.in_flight[-1][0] if engine._core.in_flight else None
-        note = f"capture {graphs.num_captured - num_captured} " if graphs and graphs.num_captured > num_captured else ""
-        if batch is not None:
-            prefill = sum(chunk.end - chunk.start for chunk in batch.prefill)
-            note += f"decode {len(batch.slots)} prefill {prefill} moves {len(batch.moves)} starting {len(batch.starting)}"
-        self.notes.append(note)
-
-    def summary(self) -> dict[str, Any]:
-        """Seconds inside steps, their median, and the slowest ones: (seconds, index, what was launched)."""
-        order = sorted(range(len(self.seconds)), key=lambda index: -self.seconds[index])
-        return {
-            "step_seconds": sum(self.seconds),
-            "median_step_seconds": float(np.median(self.seconds)),
-            "slowest_steps": [(self.seconds[index], index, self.notes[index]) for index in order[:24]],
-        }
-
-    def show(self) -> None:
-        found = self.summary()
-        print(f"  in steps {found['step_seconds']:.2f} s, median {1000 * found['median_step_seconds']:.2f} ms; slowest:")
-        for seconds, index, note in found["slowest_steps"]:
-            print(f"    {1000 * seconds:8.1f} ms  step {index:5}  {note}", flush=True)
-
-
 def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     before, start = engine.metrics, time.perf_counter()
     total = submit_all(engine, case)
     watch = StepWatch(engine)
@@ -316,15 +281,13 @@ def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
         "tokens_per_second": total / seconds,
         "steps": after.num_steps - before.num_steps,
         "preemptions": after.num_preemptions - before.num_preemptions,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "graphs": graphs.num_captured if graphs else 0,
         "capture_seconds": graphs.capture_seconds if graphs else 0.0,
         **watch.summary(),
     }
     print(
         f"  run: {total:,} tokens in {seconds:.2f} s: {total / seconds:,.0f} tokens/s; {found['steps']} steps, "
-        f"{found['preemptions']} preemptions, {found['graphs']} graphs ({found['capture_seconds']:.1f} s), "
-        f"peak {found['peak_memory_gib']:.1f} GiB",
+        f"{found['preemptions']} preemptions, {found['graphs']} graphs ({found['capture_seconds']:.1f} s)",
         flush=True,
     )
     watch.show()
@@ -333,6 +296,7 @@ def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
 
 def measure(case: Case, model: M1ForCausalLM, arguments: argparse.Namespace) -> dict[str, Any]:
     print(case.text, flush=True)
+    torch.cuda.reset_peak_memory_stats()
     engine = make_engine(model, case, arguments)
     result: dict[str, Any] = {"case": case.text}
     if "steps" in case.measures:
@@ -348,6 +312,7 @@ def measure(case: Case, model: M1ForCausalLM, arguments: argparse.Namespace) -> 
         result["profile"] = measure_profile(engine, case)
     if "run" in case.measures:
         result["run"] = measure_run(engine, case)
+    result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     engine.sleep()
     return result
 

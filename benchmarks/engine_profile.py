@@ -1,13 +1,23 @@
-"""What the GPU did during some steps: time by class of kernel, and the share of time in which it did nothing."""
+"""What the GPU did during some steps, by class of kernel, and the share of time in which it did nothing; which steps were slow.
+
+Kernels that begin before the one ahead has ended (m1.kernels.launch.chaining) count from there, their waiting included: classes
+may add up to more than the time.
+"""
 
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 
+from m1.engine import Engine
+
+NUM_SLOWEST = 8  # steps that are told
 CLASSES = {
     "attention": r"_decode_split|_combine_kernel|flash|fmha|paged|_prefill",
     "mixer": r"mamba|conv1d|_conv_|_update_kernel|_step_kernel|scan_fwd|_chunk|_state_",
@@ -78,3 +88,41 @@ def profile(step: Callable[[], object], num_steps: int, num_kernels: int = 14) -
         by_class=dict(by_class),
         by_kernel={name: (value, count) for name, (value, count) in longest},
     )
+
+
+class StepWatch:
+    """Steps of an engine, with what the host did in each: where a run is slower than its decode steps, this says in which."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seconds: list[float] = []
+        self.notes: list[str] = []
+
+    def step(self) -> None:
+        engine, graphs = self.engine, self.engine.runner._graphs
+        num_captured = graphs.num_captured if graphs else 0
+        start = time.perf_counter()
+        engine.step()
+        self.seconds.append(time.perf_counter() - start)
+        graphs = engine.runner._graphs
+        batch = engine._core.in_flight[-1][0] if engine._core.in_flight else None
+        note = f"capture {graphs.num_captured - num_captured} " if graphs and graphs.num_captured > num_captured else ""
+        if batch is not None:
+            prefill = sum(chunk.end - chunk.start for chunk in batch.prefill)
+            note += f"decode {len(batch.slots)} prefill {prefill} moves {len(batch.moves)} starting {len(batch.starting)}"
+        self.notes.append(note)
+
+    def summary(self) -> dict[str, Any]:
+        """Seconds inside steps, their median, and the slowest ones: (seconds, index, what was launched)."""
+        order = sorted(range(len(self.seconds)), key=lambda index: -self.seconds[index])
+        return {
+            "step_seconds": sum(self.seconds),
+            "median_step_seconds": float(np.median(self.seconds)),
+            "slowest_steps": [(self.seconds[index], index, self.notes[index]) for index in order[:NUM_SLOWEST]],
+        }
+
+    def show(self) -> None:
+        found = self.summary()
+        print(f"  in steps {found['step_seconds']:.2f} s, median {1000 * found['median_step_seconds']:.2f} ms; slowest:")
+        for seconds, index, note in found["slowest_steps"]:
+            print(f"    {1000 * seconds:8.1f} ms  step {index:5}  {note}", flush=True)

@@ -108,18 +108,19 @@ def test_bad_arguments_are_named(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 100), (4, 1200)])
 def test_quantizing_kernels(shape: tuple[int, int], kernel: ModuleType, device: str) -> None:
-    """The interpreter's rounding to 8 bits loses carries, which concerns one number in thirty."""
-    x, residual = random_rows(*shape, device=device), random_rows(*shape, device=device, seed=2)
+    """The interpreter's rounding to 8 bits loses carries, which concerns one number in thirty; it has no bfloat16."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x, residual = random_rows(*shape, dtype, device), random_rows(*shape, dtype, device, seed=2)
     weight = 1 + 0.3 * torch.randn(shape[1], device=device)
     cases = [("quantize_fp8", (x,)), ("rms_norm_fp8", (x, weight, 1e-5)), ("swiglu_fp8", (x, residual))]
     for name, arguments in [*cases, ("rms_norm_fp8", (x, weight, 1e-5, residual))]:
         values, scale, *summed = getattr(kernel, name)(*arguments)
         expected_values, expected_scale, *expected_sum = getattr(reference, name)(*arguments)
         assert values.dtype == FP8
-        assert rel_rms(scale, expected_scale) < 2 * REL_RMS[torch.bfloat16]  # a row's is one number, rounded twice, not a mean
+        assert rel_rms(scale, expected_scale) < REL_RMS[dtype]
         assert (values.float() != expected_values.float()).sum() <= 1 + 0.1 * values.numel()
         if summed:
-            assert rel_rms(summed[0], expected_sum[0]) < REL_RMS[torch.bfloat16]
+            assert rel_rms(summed[0], expected_sum[0]) < REL_RMS[dtype]
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -26,9 +26,10 @@ def _norm_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(IS_CHAINED)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)  # no kernel ahead writes it
+    wait_for_previous(IS_CHAINED)
     row_mask = rows < num_rows
     mask = row_mask[:, None] & (columns < D)[None, :]
     wide = rows.to(tl.int64)[:, None]
@@ -41,7 +42,6 @@ def _norm_kernel(
     rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
     if SAVE:
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     normed = (x * rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + wide * D + columns[None, :], (normed * weight[None, :]).to(y_ptr.dtype.element_ty), mask=mask)
 
