@@ -31,7 +31,8 @@ class StreamedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.adds_bias = not isinstance(linear, StepSizeProjection)
-        self.most_tokens = MOST_TOKENS_IF_WIDE if self.out_features >= WIDE else MOST_TOKENS
+        is_wide = self.out_features >= WIDE or not self.adds_bias  # step sizes: both are as fast, and the chain stays whole
+        self.most_tokens = MOST_TOKENS_IF_WIDE if is_wide else MOST_TOKENS
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.adds_bias else None
@@ -71,7 +72,7 @@ def stream_linears(model: M1ForCausalLM) -> None:
 def _replace_linears(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
-            # A mixer's step sizes are small, but a kernel of ours keeps the chain of launches whole.
+            # A mixer's step sizes are few, but a kernel of ours keeps the chain of launches whole.
             is_worth_it = child.weight.numel() >= LEAST_WEIGHTS or isinstance(child, StepSizeProjection)
             if is_worth_it and child.in_features % ALIGNMENT == 0:
                 setattr(module, name, StreamedLinear(child))
