@@ -3,11 +3,12 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from m1.backends import engine_backend
+from m1.backends import engine_backend, ranks
 from m1.backends.ranks import dismiss, serve, shared_backend
 from m1.engine import Engine
 from m1.evaluation.sampling import Sample, SampleRequest, Watch
@@ -107,3 +108,39 @@ def fail_on_a_rank(out: Path) -> None:
 def test_a_rank_that_fails_is_named(tmp_path: Path) -> None:
     run_ranks(2, fail_on_a_rank, tmp_path)
     assert (tmp_path / "told").exists()
+
+
+class Lists:
+    """A board of one process."""
+
+    def __init__(self) -> None:
+        self.lists: dict[str, list] = {}
+
+    def append(self, name: str, value: object) -> None:
+        self.lists.setdefault(name, []).append(value)
+
+    def after(self, name: str, num_seen: int) -> list:
+        return self.lists.get(name, [])[num_seen:]
+
+    def has(self, name: str) -> bool:
+        return name in self.lists
+
+
+def test_another_rank_leaves_what_is_cancelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    board, left = Lists(), []
+    server = ranks._Server(board, "call 0")
+    server.run = SimpleNamespace(cancel=left.append)
+    assert not server.on_sample(4, Sample("a", 1, "stop"))
+    board.append("call 0/cancelled", 7)
+    assert not server.is_over(10)
+    board.append("call 0/cancelled", 9)
+    assert not server.is_over(20)
+    assert left == [7, 9]
+    assert [(tokens, [index for index, _ in found]) for _, tokens, found in board.lists["call 0/samples"]] == [
+        (10, [4]),
+        (20, []),
+    ]
+    board.append("call 0/over", True)
+    assert server.is_over(30)
