@@ -254,3 +254,9 @@ def test_bad_input_leaves_nothing(model, problems, tmp_path, fields, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+def test_on_the_only_gpu_which_has_no_number(model, problems, tmp_path):
+    run(config(model, problems, tmp_path / "out", device="cuda"))
+    assert len(rows_of(tmp_path / "out")) == 18 and read_run_record(tmp_path / "out")["samples"] == 18

@@ -116,8 +116,8 @@ def _read_problems(config: SampleConfig) -> list[Problem]:
 
 def _load_engine(config: SampleConfig, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Engine:
     device = local_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where kernels are launched
+    if device.index is not None:  # one GPU of several: where kernels are launched
+        torch.cuda.set_device(device)
     longest = max((len(prompt_ids(tokenizer, problem.problem + config.suffix)) for problem in problems), default=0)
     longest = max(longest, 2 * INVENTED_TOKENS if config.invent else 0)
     limit = load_config(config.model).max_position_embeddings
