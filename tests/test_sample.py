@@ -256,6 +256,23 @@ def test_bad_input_leaves_nothing(model, problems, tmp_path, fields, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", []), ("cuda:1", ["cuda:1"]), ("cpu", [])])
+def test_a_gpu_is_chosen_where_it_has_a_number(model, problems, tmp_path, monkeypatch, device, chosen):
+    made, asked = [], []
+
+    def set_device(device):
+        if device.index is None:  # as torch does
+            raise ValueError("Expected a torch.device with a specified index")
+        asked.append(str(device))
+
+    monkeypatch.setattr(sample_module, "local_device", lambda name: torch.device(device))
+    monkeypatch.setattr(sample_module, "Engine", lambda *names, **options: made.append(options["device"]))
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    options = config(model, problems, tmp_path / "out")
+    sample_module._load_engine(options, word_tokenizer(), [])
+    assert asked == chosen and made == [torch.device(device)]
+
+
 @pytest.mark.gpu
 def test_on_the_only_gpu_which_has_no_number(model, problems, tmp_path):
     run(config(model, problems, tmp_path / "out", device="cuda"))
