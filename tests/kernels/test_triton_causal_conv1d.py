@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from m1.kernels.causal_conv1d import reference
 from m1.kernels.causal_conv1d import triton_impl as kernel
 
-SMALL = kernel.ConvConfig(chunk=8, steps=4, backward_steps=4)
+SMALL = kernel.ConvConfig(chunk=8, steps=4)
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +74,24 @@ def test_outputs_states_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("channels", "head_width", "num_repeats", "dtype"),
-    [(12, 4, 3, torch.float32), (12, 4, 3, torch.bfloat16), (270, 5, 2, torch.float32)],
+    ("channels", "head_width", "num_repeats", "most_members", "dtype"),
+    [
+        (12, 4, 3, 8, torch.float32),
+        (12, 4, 3, 8, torch.bfloat16),
+        (90, 5, 2, 8, torch.float32),
+        (4, 2, 2, 1, torch.float32),  # more members than a program's registers hold
+    ],
 )
-def test_x_repeated_by_indexing(channels: int, head_width: int, num_repeats: int, dtype: torch.dtype, device: str) -> None:
+def test_x_repeated_by_indexing(
+    channels: int,
+    head_width: int,
+    num_repeats: int,
+    most_members: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel, "MOST_MEMBERS", most_members)
     lengths = [1, 6]
     inputs = make_inputs(7, 2, channels, 4, dtype, device, num_repeats)
     check(inputs, lengths, "silu", SMALL, head_width)
@@ -139,7 +153,7 @@ def test_step_continues_convolution(device: str) -> None:
 def test_at_length(lengths: list[int], channels: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), channels, 4, dtype, "cuda")
     check(inputs, lengths, "silu", None)
-    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=128, steps=4, num_warps=2))
+    check(inputs, lengths, "silu", kernel.ConvConfig(128, 4, 2, 8, 2, 4))
 
 
 @pytest.mark.gpu
@@ -149,7 +163,7 @@ def test_at_length(lengths: list[int], channels: int, dtype: torch.dtype) -> Non
 def test_x_repeated_by_indexing_at_length(lengths: list[int], groups: int, num_repeats: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), 16 * groups, 4, dtype, "cuda", num_repeats)
     check(inputs, lengths, "silu", None, 16)
-    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=32), 16)
+    check(inputs, lengths, "silu", kernel.ConvConfig(chunk=32, backward_steps=8, backward_channels=2), 16)
 
 
 @pytest.mark.gpu

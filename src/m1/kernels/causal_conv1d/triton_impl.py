@@ -19,21 +19,34 @@ from m1.kernels.chunk_table import cut_documents, document_bounds
 from m1.kernels.launch import with_unit_stride
 from m1.kernels.strides import stride_unit
 
+MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: what its registers hold
+
 
 class ConvConfig(NamedTuple):
-    """Tokens a program, tokens a tile forwards and backwards, and warps of 256 channels; the sweep tries several.
+    """Launch sizes; the sweep tries several.
 
-    A tile has at least the filter's width of tokens.
+    chunk: tokens a program; steps, num_warps: of the forward, a tile's tokens and warps of 256 channels; backward_steps,
+    which divides chunk, backward_warps and backward_channels: of the backward, the last a thread's, None for 2, or 1 where
+    a thread serves many filters.
     """
 
     chunk: int = 64
     steps: int = 8
-    backward_steps: int = 4
     num_warps: int = 1
+    backward_steps: int = 4
+    backward_warps: int = 1
+    backward_channels: int | None = None
 
-    def sizes(self, width: int, steps: int) -> dict[str, int]:
+    def forward_sizes(self, width: int) -> dict[str, int]:
         taps = triton.next_power_of_2(width)
-        return {"WIDTH": width, "TAPS": taps, "STEPS": max(steps, taps), "BLOCK": 256 * self.num_warps}
+        return {"WIDTH": width, "TAPS": taps, "STEPS": max(self.steps, taps), "BLOCK": 256 * self.num_warps}
+
+    def backward_sizes(self, width: int, repeat: int) -> dict[str, int]:
+        members = max(number for number in range(1, MOST_MEMBERS + 1) if repeat % number == 0)
+        channels = self.backward_channels or (2 if members <= 4 else 1)
+        steps = max(self.backward_steps, triton.next_power_of_2(width - 1))
+        assert self.chunk % steps == 0
+        return {"WIDTH": width, "STEPS": steps, "BLOCK": 32 * self.backward_warps * channels, "MEMBERS": members}
 
 
 def _repetition(num_channels: int, num_sources: int, head_width: int | None) -> dict[str, int]:
@@ -87,7 +100,7 @@ class _CausalConv1d(torch.autograd.Function):
         final_state = None
         if output_final_state:
             final_state = torch.empty(chunks.num_sequences, num_sources, width - 1, dtype=x.dtype, device=x.device)
-        sizes, unit = config.sizes(width, config.steps), stride_unit([x.stride(0)])
+        sizes, unit = config.forward_sizes(width), stride_unit([x.stride(0)])
         conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * repetition["REPEAT"], chunks.num_chunks)](
             x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0) // unit, num_sources,
             **sizes, **repetition, UNIT=unit, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
@@ -108,12 +121,12 @@ class _CausalConv1d(torch.autograd.Function):
         dx = torch.empty(T, num_sources, dtype=x.dtype, device=x.device)
         d_filter = torch.empty(rows.shape[0], width + 1, D, dtype=torch.float32, device=x.device)
         d_initial = None if initial is None else torch.empty_like(initial)
-        sizes, unit = ctx.config.sizes(width, ctx.config.backward_steps), stride_unit([x.stride(0), dy.stride(0)])
+        sizes, unit = ctx.config.backward_sizes(width, D // num_sources), stride_unit([x.stride(0), dy.stride(0)])
         conv_backward_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]), rows.shape[0])](
             x, weight, bias, initial, dy, d_final, dx, d_filter, d_initial, rows, bounds,
             x.stride(0) // unit, dy.stride(0) // unit, num_sources, **sizes, **ctx.repetition, UNIT=unit,
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=d_final is not None,
-            SILU=ctx.silu, num_warps=ctx.config.num_warps,
+            SILU=ctx.silu, num_warps=ctx.config.backward_warps,
         )  # fmt: skip
         total = d_filter.sum(0)  # [W+1, D]
         d_bias = None if bias is None else total[width].to(bias.dtype)

@@ -112,101 +112,187 @@ def conv_kernel(
 
 
 @triton.jit
-def _final_gradient(
-    d_final, token, window_start, stop, document, source, exists, num_sources, WIDTH: tl.constexpr, HAS_FINAL: tl.constexpr
-):
-    """What the final state's gradient adds to the inputs at the given tokens, [STEPS, BLOCK]."""
-    gradient = (token + source).to(tl.float32) * 0.0
-    if HAS_FINAL:
-        at = d_final + (document.to(tl.int64) * num_sources + source) * (WIDTH - 1) + token - window_start
-        gradient = tl.load(at, mask=exists & (token >= window_start) & (token < stop), other=0.0).to(tl.float32)
-    return gradient
+def _row(tensor, stride, token, offset, low, high, exists):
+    """Row `token` of `tensor` at the given offsets [BLOCK] as fp32; zeros where it is not one of low … high - 1."""
+    at = tensor + token.to(tl.int64) * stride + offset
+    return tl.load(at, mask=exists & (token >= low) & (token < high), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _add_to(at, gradient, mask, member, REPEAT: tl.constexpr):
-    """Store the gradient of the first member, add that of the others to what is there."""
-    if REPEAT > 1:
-        gradient += tl.load(at, mask=mask & (member > 0), other=0.0).to(tl.float32)
+def _filter_of(weight, bias, channel, exists, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The taps, then the bias: a tuple of WIDTH + 1 blocks of channels; and as many zeros."""
+    found, zeros = (), ()
+    for w in tl.static_range(WIDTH):
+        found += (tl.load(weight + channel * WIDTH + w, mask=exists, other=0.0).to(tl.float32),)
+        zeros += (tl.zeros([BLOCK], tl.float32),)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+    return found + (offset,), zeros + (tl.zeros([BLOCK], tl.float32),)
+
+
+@triton.jit
+def _gradients_of_sums(gradients, inputs, taps, WIDTH: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr):
+    """The gradients of STEPS sums of a filter from those of their activations; `inputs` begin WIDTH - 1 rows earlier."""
+    found = ()
+    for k in tl.static_range(STEPS):
+        gradient = gradients[k]
+        if SILU:
+            pre = taps[WIDTH]
+            for w in tl.static_range(WIDTH):
+                pre += taps[w] * inputs[k + w]
+            weight_of_pre = sigmoid(pre)
+            gradient *= weight_of_pre + weight_of_pre * (pre - pre * weight_of_pre)
+        found += (gradient,)
+    return found
+
+
+@triton.jit
+def _add_input_gradients(totals, gradients, taps, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """totals_k + Σ_w taps_w · gradients_{k+(WIDTH-1)-w}."""
+    found = ()
+    for k in tl.static_range(STEPS):
+        total = totals[k]
+        for w in tl.static_range(WIDTH):
+            total += taps[w] * gradients[k + WIDTH - 1 - w]
+        found += (total,)
+    return found
+
+
+@triton.jit
+def _add_filter_gradients(totals, gradients, inputs, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """What STEPS sums add to the gradients of the WIDTH taps and of the bias."""
+    found = ()
+    for w in tl.static_range(WIDTH):
+        total = totals[w]
+        for k in tl.static_range(STEPS):
+            total += gradients[k] * inputs[k + w]
+        found += (total,)
+    total = totals[WIDTH]
+    for k in tl.static_range(STEPS):
+        total += gradients[k]
+    return found + (total,)
+
+
+@triton.jit
+def _final_gradients(
+    d_final, token, stop, document, source, exists, num_sources,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, HAS_FINAL: tl.constexpr,
+):  # fmt: skip
+    """What the final state's gradient adds to those of the STEPS inputs from `token` on."""
+    found = ()
+    for k in tl.static_range(STEPS):
+        gradient = tl.zeros([BLOCK], tl.float32)
+        if HAS_FINAL:
+            place = token + k - (stop - WIDTH + 1)
+            at = d_final + (document.to(tl.int64) * num_sources + source) * (WIDTH - 1) + place
+            gradient += tl.load(at, mask=exists & (place >= 0) & (place < WIDTH - 1), other=0.0).to(tl.float32)
+        found += (gradient,)
+    return found
+
+
+@triton.jit
+def _put(at, gradient, mask, is_more, IS_WHOLE: tl.constexpr):
+    """Store a gradient, or if it is not the whole (IS_WHOLE) and there is one already (`is_more`), add to that."""
+    if not IS_WHOLE:
+        gradient += tl.load(at, mask=mask & is_more, other=0.0).to(tl.float32)
     tl.store(at, gradient.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def conv_backward_kernel(
     x, weight, bias, initial_state, dy, d_final, dx, d_filter, d_initial, chunks, bounds, x_token, dy_token, num_sources,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
-    REPEAT: tl.constexpr, HEAD: tl.constexpr,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    REPEAT: tl.constexpr, MEMBERS: tl.constexpr, HEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of x's channels, chunks). A program walks its chunk backwards from one tile after its end, once for each
-    member, and adds their gradients of x up in memory, where its tile stays in the cache.
+    """Grid (blocks of x's channels, chunks). A program walks its chunk, STEPS >= WIDTH - 1 tokens at a time, for MEMBERS
+    filters of each channel at once, whose gradients of x add up in registers; where a head of x has more members than that,
+    it walks again and adds to what it stored. Rows are tuples of blocks of channels; a gradient of x is complete, and is
+    stored, WIDTH - 1 tokens late, so one tile more ends the walk.
 
+    STEPS divides a chunk's length: a row of a tile after the chunk's end is after its document's end too, and zero.
     d_filter [chunks, WIDTH + 1, D] fp32 takes the partial gradients of the taps, then of the bias.
     """
+    HALO: tl.constexpr = WIDTH - 1
+    IS_WHOLE: tl.constexpr = REPEAT == MEMBERS
     chunk = tl.program_id(1)
     first = tl.load(chunks + chunk * 4)
-    end = tl.load(chunks + chunk * 4 + 1)
-    source = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    exists = source < num_sources
-    tap = tl.arange(0, TAPS)[:, None]
+    end = tl.load(chunks + chunk * 4 + 1)  # of a chunk that is not in use: 0, and the gradients of its filters are zero
     document = tl.load(chunks + chunk * 4 + 2)
-    for index in range(REPEAT):
-        member = tl.zeros([1, 1], tl.int32) + index
-        channel = _filter_channel(source, member, REPEAT, HEAD)
-        d_taps = tl.zeros([TAPS, BLOCK], tl.float32)
-        d_bias = tl.zeros([1, BLOCK], tl.float32)
-        if first < end:
-            start = tl.load(bounds + document)
-            stop = tl.load(bounds + document + 1)
-            step = tl.arange(0, STEPS)[:, None]
-            taps, _, offset = _filter_parameters(weight, bias, channel, exists, WIDTH, TAPS, BLOCK, HAS_BIAS)
-            num_tiles = tl.cdiv(end - first, STEPS)
-            token = first + num_tiles * STEPS + step
-            values = _inputs(
-                x, initial_state, token, start, stop, document, source, exists, x_token, num_sources, WIDTH, UNIT, False
+    start = tl.load(bounds + document)
+    stop = tl.load(bounds + document + 1)
+    source = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = source < num_sources
+    state_at = (document.to(tl.int64) * num_sources + source) * HALO + HALO - start
+    zero = tl.zeros([1], tl.int32)
+    for base in range(0, REPEAT, MEMBERS):
+        is_more = (source * 0 + base) > 0
+        before, channels, taps, d_taps, after = (), (), (), (), ()
+        for k in tl.static_range(HALO):
+            token = first + zero - HALO + k
+            row = _row(x, x_token * UNIT, token, source, start, stop, exists)
+            if HAS_INITIAL:
+                in_state = exists & (token < start) & (token >= start - HALO)
+                row += tl.load(initial_state + state_at + token, mask=in_state, other=0.0).to(tl.float32)
+            before += (row,)
+        for member in tl.static_range(MEMBERS):
+            channel = _filter_channel(source, base + member, REPEAT, HEAD)
+            parameters, zeros = _filter_of(weight, bias, channel, exists, BLOCK, WIDTH, HAS_BIAS)
+            channels += (channel,)
+            taps += (parameters,)
+            d_taps += (zeros,)
+            after += (zeros[2:],)
+        for place in range(first, end, STEPS):
+            tile = zero + place
+            inputs, totals, gradients, sums = before, (), (), ()
+            for k in tl.static_range(STEPS):
+                inputs += (_row(x, x_token * UNIT, tile + k, source, first, stop, exists),)
+            for member in tl.static_range(MEMBERS):
+                rows = ()
+                for k in tl.static_range(STEPS):
+                    rows += (_row(dy, dy_token * UNIT, tile + k, channels[member], first, stop, exists),)
+                gradients += (rows,)
+            totals = _final_gradients(
+                d_final, tile - HALO, stop, document, source, exists & ~is_more, num_sources, WIDTH, STEPS, BLOCK, HAS_FINAL
             )
-            after = tl.zeros([STEPS, BLOCK], tl.float32)
-            for _ in range(num_tiles + 1):
-                before = _inputs(
-                    x, initial_state, token - STEPS, start, stop, document, source, exists, x_token, num_sources,
-                    WIDTH, UNIT, HAS_INITIAL,
-                )  # fmt: skip
-                dy_at = dy + token.to(tl.int64) * (dy_token * UNIT) + channel
-                gradient = tl.load(dy_at, mask=exists & (token < stop), other=0.0).to(tl.float32)
-                if SILU:
-                    pre = _filter(values, before, taps, tap, offset, step, WIDTH, STEPS)
-                    weight_of_pre = sigmoid(pre)
-                    gradient *= weight_of_pre * (1.0 + pre * (1.0 - weight_of_pre))
-                dx_t = _final_gradient(
-                    d_final, token, stop - WIDTH + 1, stop, document, source, exists & (member == 0), num_sources,
-                    WIDTH, HAS_FINAL,
-                )  # fmt: skip
-                own = tl.where(token < end, gradient, 0.0)
-                for w in tl.static_range(WIDTH):
-                    dx_t += row_of(taps, tap, w) * advance_rows(gradient, after, step, WIDTH - 1 - w, STEPS)
-                    moved = delay_rows(values, before, step, WIDTH - 1 - w, STEPS)
-                    d_tap = add_rows(row_of(d_taps, tap, w), own, moved, step, STEPS)
-                    d_taps = tl.where(tap == w, tl.expand_dims(d_tap, 0), d_taps)
-                d_bias += tl.expand_dims(tl.sum(own, axis=0), 0)
-                _add_to(dx + token.to(tl.int64) * num_sources + source, dx_t, exists & (token < end), member, REPEAT)
-                values, after = before, gradient
-                token -= STEPS
-            if HAS_INITIAL and (tl.load(chunks + chunk * 4 + 3) & IS_FIRST) != 0:
-                dx_t = _final_gradient(
-                    d_final, token, stop - WIDTH + 1, stop, document, source, exists & (member == 0), num_sources,
-                    WIDTH, HAS_FINAL,
-                )  # fmt: skip
-                nothing = tl.zeros([STEPS, BLOCK], tl.float32)
-                for w in tl.static_range(WIDTH):
-                    dx_t += row_of(taps, tap, w) * advance_rows(nothing, after, step, WIDTH - 1 - w, STEPS)
-                place = token - start + (WIDTH - 1)
-                at = d_initial + (document.to(tl.int64) * num_sources + source) * (WIDTH - 1) + place
-                _add_to(at, dx_t, exists & (place >= 0), member, REPEAT)
-        d_filter_at = d_filter + chunk.to(tl.int64) * (WIDTH + 1) * (num_sources * REPEAT) + channel
-        tl.store(d_filter_at + tap * (num_sources * REPEAT), d_taps, mask=exists & (tap < WIDTH))
-        tl.store(d_filter_at + WIDTH * (num_sources * REPEAT), d_bias, mask=exists)
-        if REPEAT > 1:
-            tl.debug_barrier()  # the next member adds to what other threads of this program may have stored
+            later = ()
+            for member in tl.static_range(MEMBERS):
+                rows = _gradients_of_sums(gradients[member], inputs, taps[member], WIDTH, STEPS, SILU)
+                sums += (_add_filter_gradients(d_taps[member], rows, inputs, WIDTH, STEPS),)
+                rows = after[member] + rows
+                totals = _add_input_gradients(totals, rows, taps[member], WIDTH, STEPS)
+                later += (rows[STEPS:],)
+            for k in tl.static_range(STEPS):
+                token = tile - HALO + k
+                at = dx + token.to(tl.int64) * num_sources + source
+                _put(at, totals[k], exists & (token >= first) & (token < end), is_more, IS_WHOLE)
+                if HAS_INITIAL:
+                    in_state = exists & (zero + first == start) & (token >= start - HALO) & (token < start)
+                    _put(d_initial + state_at + token, totals[k], in_state, is_more, IS_WHOLE)
+            before, after, d_taps = inputs[STEPS:], later, sums
+        tile = zero + first + tl.cdiv(end - first, STEPS) * STEPS
+        inputs = before
+        for k in tl.static_range(HALO):
+            inputs += (_row(x, x_token * UNIT, tile + k, source, first, stop, exists),)
+        totals = _final_gradients(
+            d_final, tile - HALO, stop, document, source, exists & ~is_more, num_sources, WIDTH, HALO, BLOCK, HAS_FINAL
+        )
+        for member in tl.static_range(MEMBERS):
+            rows = ()
+            for k in tl.static_range(HALO):
+                rows += (_row(dy, dy_token * UNIT, tile + k, channels[member], first, stop, exists),)
+            rows = after[member] + _gradients_of_sums(rows, inputs, taps[member], WIDTH, HALO, SILU)
+            totals = _add_input_gradients(totals, rows, taps[member], WIDTH, HALO)
+            at = d_filter + chunk.to(tl.int64) * (WIDTH + 1) * (num_sources * REPEAT) + channels[member]
+            for w in tl.static_range(WIDTH + 1):
+                tl.store(at + w * (num_sources * REPEAT), d_taps[member][w], mask=exists)
+        for k in tl.static_range(HALO):
+            token = tile - HALO + k
+            at = dx + token.to(tl.int64) * num_sources + source
+            _put(at, totals[k], exists & (token >= first) & (token < end), is_more, IS_WHOLE)
+        if REPEAT > MEMBERS:
+            tl.debug_barrier()  # the next members add to what other threads of this program may have stored
 
 
 @triton.jit
