@@ -158,7 +158,7 @@ def _scan_cases(model: str, lengths: list[int], is_x_repeated: bool, has_referen
             build_reference_forward=reference_forward,
             build_with=both,
             default=default,
-            fields={"gradients": _backward_tiles(), "chunk_gradients": _forward_tiles(), "chunk": chunks},
+            fields={"readers": _backward_tiles(), "writers": _backward_tiles(), "chunk": chunks},
         ),
     ]
 
@@ -167,8 +167,8 @@ def _forward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(2, 1, 3), Tile(4, 1, 1), Tile(4, 1, 2), Tile(4, 1, 3), Tile(4, 1, 4), Tile(4, 2, 3), Tile(4, 4, 3), Tile(8, 1, 2),
-        Tile(4, 1, 3, 96), Tile(4, 1, 3, 112), Tile(2, 1, 4, 80),
+        Tile(4, 1, 3), Tile(4, 2, 3), Tile(4, 4, 3), Tile(4, 1, 3, 96), Tile(2, 1, 3, None, 2), Tile(4, 1, 3, None, 2),
+        Tile(4, 1, 3, 128, 2), Tile(4, 2, 3, 128, 2), Tile(2, 1, 3, 128, 2), Tile(4, 2, 3, None, 2),
     ]  # fmt: skip
 
 
@@ -176,8 +176,8 @@ def _backward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(2, 1, 3), Tile(2, 1, 3, 112), Tile(2, 1, 3, 128), Tile(2, 1, 3, 144), Tile(2, 1, 3, 168), Tile(2, 1, 4, 128),
-        Tile(4, 1, 3, 168), Tile(4, 1, 3), Tile(4, 1, 2, 168),
+        Tile(1, 1, 3, None, 2), Tile(2, 1, 3, None, 2), Tile(2, 1, 2, None, 2), Tile(1, 2, 3, None, 2), Tile(2, 2, 3, None, 2),
+        Tile(1, 1, 4, None, 2), Tile(2, 1, 3), Tile(4, 1, 3), Tile(2, 1, 3, 168), Tile(1, 1, 3, 168, 2),
     ]  # fmt: skip
 
 
@@ -232,7 +232,8 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
         ScanCase(
             f"causal_conv1d backward {label}", 2 * tokens * (2 * sources + channels), both, reference_both,
             exponentials=2 * tokens * channels, build_forward=forward, build_reference_forward=reference_forward,
-            fields={**fields, "backward_steps": [4, 8]}, **shared | {"build_with": both},
+            fields={**fields, "backward_channels": [1, 2, 4], "backward_steps": [4, 8], "backward_warps": [1, 2]},
+            **shared | {"build_with": both},
         ),
     ]  # fmt: skip
 
@@ -308,7 +309,9 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             f"mamba1_step {label}", ssm_bytes + row_bytes + 2 * BATCH * shared * 3 * 2, step,
             reference_step,
             exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
-            fields={"groups": [1, 2, 4, 8], "num_warps": warps, "max_registers": [None, 64, 96, 128]},
+            fields={
+                "groups": [1, 2, 4, 8], "num_warps": warps, "sequences": [1, 2, 4, 8], "max_registers": [None, 96, 128, 168],
+            },
         ),
     ]  # fmt: skip
 

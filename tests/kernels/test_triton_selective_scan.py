@@ -16,7 +16,7 @@ from m1.kernels.selective_scan import triton_impl as kernel
 
 Dims = tuple[int, int, int, int, int]  # H, G, Gx, P, N
 SMALL_TILE = kernel.Tile(4)
-SMALL = kernel.ScanConfig(8, SMALL_TILE, SMALL_TILE, SMALL_TILE, kernel.Tile(2))
+SMALL = kernel.ScanConfig(8, SMALL_TILE, SMALL_TILE, SMALL_TILE, kernel.Tile(2, channels=2))
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,7 @@ members): x is repeated by indexing. Blocks are of x's channels (`source`); `cha
 import triton
 import triton.language as tl
 
-from m1.kernels.chunk_table import IS_FIRST
-from m1.kernels.triton_math import add_rows, advance_rows, delay_rows, row_of, sigmoid
+from m1.kernels.triton_math import delay_rows, row_of, sigmoid
 
 
 @triton.jit
@@ -128,7 +127,9 @@ def _filter_of(weight, bias, channel, exists, BLOCK: tl.constexpr, WIDTH: tl.con
     offset = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
         offset += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
-    return found + (offset,), zeros + (tl.zeros([BLOCK], tl.float32),)
+    found += (offset,)
+    zeros += (tl.zeros([BLOCK], tl.float32),)
+    return found, zeros
 
 
 @triton.jit
@@ -171,7 +172,8 @@ def _add_filter_gradients(totals, gradients, inputs, WIDTH: tl.constexpr, STEPS:
     total = totals[WIDTH]
     for k in tl.static_range(STEPS):
         total += gradients[k]
-    return found + (total,)
+    found += (total,)
+    return found
 
 
 @triton.jit
