@@ -323,6 +323,7 @@ def cases() -> list[Case]:
         found += _scan_cases(model, [4096] * 4, False, True)
         found += _conv_cases(model, [4096] * 4, True)
     found += _scan_cases("3B", [4096] * 4, True, False)
+    found += _scan_cases("3B", [512], False, True)  # short enough for torch.compile of the reference
     for lengths in ([1024] * 16, [16384], [32768]):
         found += _scan_cases("3B", lengths, False, False)
     found += _conv_cases("3B", [4096] * 4, False) + _conv_cases("3B", [256] * 64, True)

@@ -2,12 +2,14 @@
 
     PYTHONPATH=src python benchmarks/kernels.py                         # the table; JSON into results/kernels.json
     PYTHONPATH=src python benchmarks/kernels.py --only selective_scan --skip-reference
+    PYTHONPATH=src python benchmarks/kernels.py --compile rms_norm "swiglu 3B"   # torch.compile of these cases' references too
     PYTHONPATH=src python benchmarks/kernels.py --sweep --only "3B 4 x 4096"   # try the launch sizes, best first
 
 The cases are in kernel_cases_*.py. Kernels are first compiled in several processes at once; then a worker process times
-one case after the other. If it crashes or hangs, the case is marked as failed and another worker goes on with the next.
-Times are medians of replayed CUDA graphs over input sets larger than the L2 cache; a backward's time is that of forward
-and backward less the forward's. References run without a graph.
+one case after the other. If it crashes or hangs, the case is marked as failed and another worker goes on with the next; the
+JSON file is written after every case. Times are medians of replayed CUDA graphs over input sets larger than the L2 cache; a
+backward's time is that of forward and backward less the forward's. References run without a graph, torch.compile of them over
+one input set alone, which is to its advantage where that fits the cache.
 """
 
 import argparse
@@ -31,7 +33,8 @@ import torch
 from kernel_cases_decode import Calls, Case, time_calls
 
 CASE_SECONDS, SWEEP_SECONDS = 120, 240  # after which a worker counts as hung
-REFERENCE_SECONDS = 1.0  # roughly what timing one reference may take
+REFERENCE_SECONDS = 0.5  # roughly what timing one reference may take
+COMPILED = "torch.compile of the reference"  # a job of the processes that compile
 
 
 def all_cases() -> list[Case]:
@@ -41,8 +44,19 @@ def all_cases() -> list[Case]:
     return [*kernel_cases_scan.cases(), *kernel_cases_ssd.cases(), *kernel_cases_decode.cases()]
 
 
+def is_named(case: Case, patterns: list[str]) -> bool:
+    """Whether the case's name contains one of the patterns, or there are none."""
+    return not patterns or any(pattern in case.name for pattern in patterns)
+
+
 def chosen_cases(patterns: list[str]) -> list[Case]:
-    return [case for case in all_cases() if not patterns or any(pattern in case.name for pattern in patterns)]
+    return [case for case in all_cases() if is_named(case, patterns)]
+
+
+def is_compiled_too(case: Case, options: argparse.Namespace) -> bool:
+    """Whether torch.compile of the case's reference is timed."""
+    asked = options.compile is not None and not options.skip_reference and not options.sweep
+    return asked and case.build_reference is not None and is_named(case, options.compile)
 
 
 def time_eagerly(calls: Calls) -> float:
@@ -110,7 +124,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "note": note,
     }
     for name, is_compiled in (("reference", False), ("compiled", True)):
-        if options.skip_reference or (is_compiled and not options.compile):
+        if options.skip_reference or (is_compiled and not is_compiled_too(case, options)):
             continue
         try:
             reference = time_reference(case, is_compiled)
@@ -167,6 +181,9 @@ def warm(patterns: list[str], index: int, label: str | None) -> str:
     case = chosen_cases(patterns)[index]
     if label is None:
         calls = case.build()
+    elif label == COMPILED:
+        assert case.build_reference is not None
+        calls = [torch.compile(case.build_reference()[0])]
     elif label in case.sweep:
         calls = case.sweep[label]()
     else:
@@ -179,7 +196,8 @@ def warm(patterns: list[str], index: int, label: str | None) -> str:
 def warm_all(options: argparse.Namespace) -> None:
     """Fill Triton's cache on disk from several processes; errors are left for the run that times."""
     cases = chosen_cases(options.only)
-    jobs: list[tuple[int, str | None]] = [(index, None) for index in range(len(cases))]
+    jobs: list[tuple[int, str | None]] = [(i, COMPILED) for i, case in enumerate(cases) if is_compiled_too(case, options)]
+    jobs += [(index, None) for index in range(len(cases))]
     if options.sweep:
         for index, case in enumerate(cases):
             jobs += [(index, label) for label in [*case.sweep, *(label for label, _ in variants(case))]]
@@ -206,8 +224,8 @@ def work(options: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
-def run_workers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of all cases, from as many workers as it takes."""
+def run_workers(options: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Rows of all cases, from as many workers as it takes; `keep` gets all that there are after each."""
     names = [case.name for case in chosen_cases(options.only)]
     rows: list[dict[str, Any]] = []
     limit = SWEEP_SECONDS if options.sweep else CASE_SECONDS
@@ -233,6 +251,7 @@ def run_workers(options: argparse.Namespace) -> list[dict[str, Any]]:
                 break
             if line.startswith("ROW "):
                 rows.append(json.loads(line[4:]))
+                keep(rows)
                 print(f"[{len(rows)}/{len(names)}] {summary(rows[-1])}", flush=True)
             else:
                 print(line, end="", flush=True)
@@ -325,7 +344,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains it; repeatable")
     parser.add_argument("--sweep", action="store_true", help="try the launch sizes instead of printing the table")
     parser.add_argument("--skip-reference", action="store_true", help="time our kernels only")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the references (minutes)")
+    parser.add_argument(
+        "--compile", nargs="*", metavar="TEXT", help="also time torch.compile of references: of cases whose name contains it"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile first; 0 compiles while timing")
     parser.add_argument("--list", action="store_true", help="print the cases' names and floors, time nothing")
     parser.add_argument("--output", type=Path, help="JSON file; results/kernels.json or results/kernel_sweep.json")
@@ -347,11 +368,15 @@ def main() -> None:
         warm_all(options)
     found = {"command": " ".join(sys.argv), "revision": options.revision or revision(), "hardware": hardware()}
     torch.cuda.empty_cache()  # the worker wants the memory
-    rows = run_workers(options)
     name = "kernel_sweep.json" if options.sweep else "kernels.json"
     output = options.output or Path(__file__).parent.parent / "results" / name
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found | {"cases": rows}, indent=1) + "\n")
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        output.write_text(json.dumps(found | {"cases": rows}, indent=1) + "\n")
+
+    rows = run_workers(options, keep)
+    keep(rows)
     print(f"\n{found['hardware']['gpu']}: copies {found['hardware']['copy_bytes_a_second'] / 1e12:.2f} TB/s; {output}")
     print_sweeps(rows) if options.sweep else print_table(rows)
 
