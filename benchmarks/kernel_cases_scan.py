@@ -227,7 +227,8 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
     return [
         ScanCase(
             f"causal_conv1d {label}", forward_bytes, forward, reference_forward,
-            exponentials=2 * tokens * channels, fields={**fields, "steps": [4, 8, 16]}, **shared,
+            exponentials=2 * tokens * channels,
+            fields={**fields, "steps": [4, 8, 16], "channels": [1, 2, 4, 8], "members": [1, 8]}, **shared,
         ),
         ScanCase(
             f"causal_conv1d backward {label}", 2 * tokens * (2 * sources + channels), both, reference_both,

@@ -3,7 +3,7 @@
 exp2, log1p and sigmoid are written for instruction count: one special-function instruction each. Relative error is below
 5e-7 (log1p, sigmoid) on the whole range, which is what fp32 arithmetic leaves anyway.
 
-The recurrences run along the first axis of a tile, `step` being that axis's index in the tile's rank. They take row k as a
+The recurrences run along an axis of a tile, `step` being that axis's index in the tile's rank. They take row k as a
 sum in which every other row is masked to zero. Where the axis lies wholly inside a thread (the layouts in use see to that,
 by giving the lanes to the other axes), the masks are constants and a row is a register: no instruction is left of it. The
 sums are of integers, because adding the integer 0 folds away and adding 0.0 does not. In Triton's interpreter a call costs
@@ -61,38 +61,6 @@ def softplus_and_slope(v):
     u = tl.exp2(tl.abs(v) * -LOG2E)
     root = tl.rsqrt(1.0 + u)
     return tl.maximum(v, 0.0) + log1p_of_unit(u), tl.where(v >= 0, 1.0, u) * root * root
-
-
-@triton.jit
-def row_of(tile, step, k):
-    """Row k of an fp32 tile."""
-    return tl.sum(tl.where(step == k, tile.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def delay_rows(tile, before, step, BY: tl.constexpr, STEPS: tl.constexpr):
-    """Row k is row k - BY of the tile, or of the tile `before` it."""
-    moved = tile
-    if BY > 0:
-        tile_bits, before_bits = tile.to(tl.int32, bitcast=True), before.to(tl.int32, bitcast=True)
-        for k in tl.static_range(STEPS):
-            source = tile_bits if k >= BY else before_bits
-            row = tl.sum(tl.where(step == (k - BY) % STEPS, source, 0), axis=0).to(tl.float32, bitcast=True)
-            moved = tl.where(step == k, tl.expand_dims(row, 0), moved)
-    return moved
-
-
-@triton.jit
-def advance_rows(tile, after, step, BY: tl.constexpr, STEPS: tl.constexpr):
-    """Row k is row k + BY of the tile, or of the tile `after` it."""
-    moved = tile
-    if BY > 0:
-        tile_bits, after_bits = tile.to(tl.int32, bitcast=True), after.to(tl.int32, bitcast=True)
-        for k in tl.static_range(STEPS):
-            source = tile_bits if k + BY < STEPS else after_bits
-            row = tl.sum(tl.where(step == (k + BY) % STEPS, source, 0), axis=0).to(tl.float32, bitcast=True)
-            moved = tl.where(step == k, tl.expand_dims(row, 0), moved)
-    return moved
 
 
 @triton.jit

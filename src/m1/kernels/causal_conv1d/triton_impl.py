@@ -25,28 +25,34 @@ MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: wh
 class ConvConfig(NamedTuple):
     """Launch sizes; the sweep tries several.
 
-    chunk: tokens a program; steps, num_warps: of the forward, a tile's tokens and warps of 256 channels; backward_steps,
-    which divides chunk, backward_warps and backward_channels: of the backward, the last a thread's, None for 2, or 1 where
-    a thread serves many filters.
+    chunk: tokens a program; of the forward and of the backward: tokens at a time (the backward's divide chunk), warps,
+    channels a lane (None: 2, or 1 where a program of the backward serves many filters), and, of the forward, the most heads of
+    filters that a program serves.
     """
 
     chunk: int = 64
     steps: int = 8
     num_warps: int = 1
+    channels: int = 2
+    members: int = 4
     backward_steps: int = 4
     backward_warps: int = 1
     backward_channels: int | None = None
 
-    def forward_sizes(self, width: int) -> dict[str, int]:
-        taps = triton.next_power_of_2(width)
-        return {"WIDTH": width, "TAPS": taps, "STEPS": max(self.steps, taps), "BLOCK": 256 * self.num_warps}
+    def forward_sizes(self, width: int, repeat: int) -> dict[str, int]:
+        block = 32 * self.num_warps * self.channels
+        return {"WIDTH": width, "STEPS": self.steps, "BLOCK": block, "MEMBERS": _largest_divisor(repeat, self.members)}
 
     def backward_sizes(self, width: int, repeat: int) -> dict[str, int]:
-        members = max(number for number in range(1, MOST_MEMBERS + 1) if repeat % number == 0)
+        members = _largest_divisor(repeat, MOST_MEMBERS)
         channels = self.backward_channels or (2 if members <= 4 else 1)
         steps = max(self.backward_steps, triton.next_power_of_2(width - 1))
         assert self.chunk % steps == 0
         return {"WIDTH": width, "STEPS": steps, "BLOCK": 32 * self.backward_warps * channels, "MEMBERS": members}
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
 def _repetition(num_channels: int, num_sources: int, head_width: int | None) -> dict[str, int]:
@@ -100,8 +106,9 @@ class _CausalConv1d(torch.autograd.Function):
         final_state = None
         if output_final_state:
             final_state = torch.empty(chunks.num_sequences, num_sources, width - 1, dtype=x.dtype, device=x.device)
-        sizes, unit = config.forward_sizes(width), stride_unit([x.stride(0)])
-        conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * repetition["REPEAT"], chunks.num_chunks)](
+        sizes, unit = config.forward_sizes(width, D // num_sources), stride_unit([x.stride(0)])
+        passes = repetition["REPEAT"] // sizes["MEMBERS"]
+        conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * passes, chunks.num_chunks)](
             x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0) // unit, num_sources,
             **sizes, **repetition, UNIT=unit, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
             HAS_FINAL=output_final_state, SILU=silu, num_warps=config.num_warps,
