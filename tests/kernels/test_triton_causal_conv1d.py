@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from m1.kernels.causal_conv1d import reference
 from m1.kernels.causal_conv1d import triton_impl as kernel
 
-SMALL = kernel.ConvConfig(chunk=8, steps=4)
+SMALL = kernel.ConvConfig(chunk=8, steps=4, backward_steps=4)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from m1.kernels.causal_conv1d.triton_kernels import conv_backward_kernel, conv_kernel, conv_update_kernel
 from m1.kernels.chunk_table import cut_documents, document_bounds
 from m1.kernels.launch import with_unit_stride
+from m1.kernels.partial_sums import sum_partials
 from m1.kernels.strides import stride_unit
 
 MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: what its registers hold
@@ -35,7 +36,7 @@ class ConvConfig(NamedTuple):
     num_warps: int = 1
     channels: int = 2
     members: int = 4
-    backward_steps: int = 4
+    backward_steps: int = 8
     backward_warps: int = 1
     backward_channels: int | None = None
 
@@ -135,7 +136,7 @@ class _CausalConv1d(torch.autograd.Function):
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=d_final is not None,
             SILU=ctx.silu, num_warps=ctx.config.backward_warps,
         )  # fmt: skip
-        total = d_filter.sum(0)  # [W+1, D]
+        total = sum_partials(d_filter)  # [W+1, D]
         d_bias = None if bias is None else total[width].to(bias.dtype)
         return dx, total[:width].t().to(weight.dtype), d_bias, d_initial, None, None, None, None, None
 

@@ -1,4 +1,4 @@
-"""The Mamba-1 decoding step on a GPU: one kernel, states by slot, each read and written once; the kernel is in triton_kernels.py.
+"""The Mamba-1 decoding step on a GPU: one kernel (triton_kernels.py), states by slot, each read and written once.
 
 Bytes moved: a sequence's states twice, 2·(H·P·N + G·P·(W-1)) elements, and (4·H·P + 2·G·P) · 2 besides. Floor on an H100
 at 3.0 TB/s, M1-3B dimensions (H = 192, G = 64, P = N = 16, W = 4), batch 512, fp32 SSM states and a bf16 window:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from m1.kernels.chunk_table import ChunkTable, cut_documents, document_bounds
 from m1.kernels.launch import IS_INTERPRETED, dot_dtype, num_multiprocessors, with_unit_stride
+from m1.kernels.partial_sums import sum_partials
 from m1.kernels.selective_scan import triton_backward as backward
 from m1.kernels.selective_scan import triton_forward as forward
 from m1.kernels.selective_scan.triton_update import selective_state_update
@@ -337,8 +338,8 @@ def _sweep_writers(
     )  # fmt: skip
     dx = _sum_repeats(dx.view(T, inputs.x.shape[1], -1, P))
     dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N))
-    dA = swept.dA.sum(0).t().reshape(inputs.state_shape)
-    sums = [None if partial is None else partial.sum(0) for partial in (dD, d_bias)]
+    dA = sum_partials(swept.dA).t().reshape(inputs.state_shape)
+    sums = [None if partial is None else sum_partials(partial) for partial in (dD, d_bias)]
     return dx, ddt, dA, dB, _sum_repeats(swept.dC), sums[0], swept.dz, sums[1], d_initial
 
 
