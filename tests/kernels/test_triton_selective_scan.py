@@ -168,6 +168,7 @@ def test_at_length(lengths: list[int], dims: Dims, dtype: torch.dtype) -> None:
         kernel.ScanConfig(128, *(kernel.Tile(8, 1, 2),) * 4),
         kernel.ScanConfig(100, *(kernel.Tile(4, 2, 3),) * 4),
         kernel.ScanConfig(64, *(kernel.Tile(2, max_registers=128),) * 4),
+        kernel.ScanConfig(256, *(kernel.Tile(2, channels=2),) * 4),
     ],
 )
 def test_launch_sizes_do_not_matter(config: kernel.ScanConfig) -> None:

@@ -26,6 +26,8 @@ class StepConfig(NamedTuple):
     num_warps: int = 1
     sequences: int | None = None
     max_registers: int | None = None
+    join: bool = True
+    swap: bool = True
 
     def sequences_of(self, num_sequences: int, num_groups: int, multiprocessors: int) -> int:
         if self.sequences is not None:
@@ -71,6 +73,7 @@ def mamba1_step(
     rows = min(triton.next_power_of_2(P), max(1024 // block_n, 1))
     sequences = config.sequences_of(n, G, num_multiprocessors(x.device))
     grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), triton.cdiv(n, sequences))
+    grid = grid[::-1] if config.swap else grid
     with torch.cuda.device_of(x):
         step_kernel[grid](
             conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
@@ -80,6 +83,7 @@ def mamba1_step(
             OWN_FILTERS=conv_weight.shape[0] == H * P, HAS_CONV_BIAS=conv_bias is not None,
             HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
             SILU=conv_activation == "silu", SOFTPLUS=dt_softplus, IS_INTERPRETED=IS_INTERPRETED,
+            JOIN=config.join, SWAP=config.swap,
             num_warps=config.num_warps, maxnreg=config.max_registers,
         )  # fmt: skip
     return y

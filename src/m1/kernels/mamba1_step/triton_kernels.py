@@ -39,6 +39,18 @@ def _pieces(at, n, exists, N: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.cons
 
 
 @triton.jit
+def _joined(pieces, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Pieces FIRST … FIRST + COUNT - 1 [PB, GB, PIECE] side by side, [PB, GB, COUNT · PIECE]; COUNT a power of 2."""
+    if COUNT == 1:
+        return pieces[FIRST]
+    else:
+        first = _joined(pieces, FIRST, COUNT // 2)
+        second = _joined(pieces, FIRST + COUNT // 2, COUNT // 2)
+        both = tl.permute(tl.join(first, second), (0, 1, 3, 2))
+        return tl.reshape(both, [first.shape[0], first.shape[1], 2 * first.shape[2]])
+
+
+@triton.jit
 def _convolved(
     x_new, past, filters, WIDTH: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
@@ -60,6 +72,7 @@ def step_kernel(
     GB: tl.constexpr, PB: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, SEQUENCES: tl.constexpr,
     OWN_FILTERS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, SILU: tl.constexpr, SOFTPLUS: tl.constexpr, IS_INTERPRETED: tl.constexpr,
+    JOIN: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of GB groups x blocks of PB rows, blocks of SEQUENCES); tiles [PB, GB], [PB, GB, PIECE], of which
     the last axis lies inside a thread.
@@ -67,8 +80,9 @@ def step_kernel(
     OWN_FILTERS: every head has its own filter (else one a group).
     """
     blocks: tl.constexpr = (P + PB - 1) // PB
-    row = (tl.program_id(0) % blocks * PB + tl.arange(0, PB))[:, None]
-    group = (tl.program_id(0) // blocks * GB + tl.arange(0, GB))[None, :]
+    group_program = tl.program_id(1 if SWAP else 0)
+    row = (group_program % blocks * PB + tl.arange(0, PB))[:, None]
+    group = (group_program // blocks * GB + tl.arange(0, GB))[None, :]
     n = tl.arange(0, PIECE)[None, None, :]
     source = group * P + row
     is_channel = (group < G) & (row < P)
@@ -90,7 +104,7 @@ def step_kernel(
         offsets += (_parameter(dt_bias, channel, is_channel, HAS_BIAS),)
         skips += (_parameter(D, channel, is_channel, HAS_D),)
 
-    first = tl.program_id(1) * SEQUENCES
+    first = tl.program_id(0 if SWAP else 1) * SEQUENCES
     for index in range(SEQUENCES):
         sequence = tl.zeros([1, 1], tl.int64) + first + index
         slot = sequence
@@ -120,14 +134,22 @@ def step_kernel(
             if SOFTPLUS:
                 delta = softplus(delta)
             out = skips[member] * x_t
+            stepped = ()
             for piece in tl.static_range(PIECES):
                 decay = tl.exp2(delta[:, :, None] * rates[member][piece])
                 h = decay * widen(states[member][piece], IS_INTERPRETED)
                 h += (delta * x_t)[:, :, None] * widen(writes[piece], IS_INTERPRETED)
                 out += tl.sum(h * widen(reads[member][piece], IS_INTERPRETED), axis=2)
-                place = n + piece * PIECE
+                stepped += (h.to(ssm_state.dtype.element_ty),)
+            if JOIN:
+                place = tl.arange(0, PIECE * PIECES)[None, None, :]
                 at = group_at + member * ssm_head + place * ssm_n
-                tl.store(at, h.to(ssm_state.dtype.element_ty), mask=exists[:, :, None] & (place < N))
+                tl.store(at, _joined(stepped, 0, PIECES), mask=exists[:, :, None] & (place < N))
+            else:
+                for piece in tl.static_range(PIECES):
+                    place = n + piece * PIECE
+                    at = group_at + member * ssm_head + place * ssm_n
+                    tl.store(at, stepped[piece], mask=exists[:, :, None] & (place < N))
             out = tl.where(exists, out * gates[member] * sigmoid(gates[member]), 0.0)
             channel = (group * REPEAT + member) * P + row
             tl.store(y + sequence * (G * REPEAT * P) + channel, out.to(y.dtype.element_ty), mask=is_row)

@@ -14,8 +14,9 @@ so the sums restart with every chunk, from r_end = q_end·h_end: chunks are kept
 The reader's sweep also finds what the chunk's outputs contribute to the gradient of the state that enters it,
 Σ_t exp(A·S_t)·C_t·∂ỹ_t, from which the carry between the two makes every q_end.
 
-∂B and ∂C sum over the rows of a head, which are other lanes. In half precision the tensor cores do that, as a product with
-a matrix that says which row belongs to which head; in fp32 the lanes exchange values.
+∂B and ∂C sum over the rows of a head, which are other lanes. Where they are wanted in half precision the tensor cores do that,
+as a product with a matrix that says which row belongs to which head (in tf32: fp32 words reach the operand's layout by fewer
+instructions than halves do); else the lanes exchange values.
 """
 
 import triton
@@ -42,16 +43,16 @@ from m1.kernels.triton_math import (
 def store_row_sums(
     values, target, token, limit, H, row_block,
     N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, HB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr, DOT: tl.constexpr,
+    BLOCKS: tl.constexpr, IS_HALF: tl.constexpr,
 ):  # fmt: skip
     """Σ over p of values [HB, BN, STEPS, PB] into rows token … limit of target [T, H, BLOCKS, N], block `row_block`.
 
-    DOT: the operand type of a tensor-core product, or None for sums in fp32.
+    IS_HALF: by the tensor cores, in tf32; if not, in fp32.
     """
     first_head = tl.program_id(0) // BLOCKS * HB
     LANES: tl.constexpr = PB // CHANNELS  # of a head
     values = tl.sum(tl.reshape(values, [HB, BN, STEPS, LANES, CHANNELS]), axis=4)
-    if DOT is None:
+    if not IS_HALF:
         step = tl.arange(0, STEPS)[None, None, :]
         head = first_head + tl.arange(0, HB)[:, None, None]
         n = tl.arange(0, BN)[None, :, None]
@@ -62,9 +63,9 @@ def store_row_sums(
         # rows of the product are heads, 16 of which HB are used; columns are (token, n), side by side in a lane
         lane = tl.arange(0, HB * LANES)[None, :]
         owner = tl.arange(0, 16)[:, None]
-        members = (lane // LANES == owner).to(DOT)
-        laid = tl.reshape(tl.permute(values.to(DOT), (0, 3, 2, 1)), [HB * LANES, STEPS * BN])
-        sums = tl.dot(members, laid)
+        members = (lane // LANES == owner).to(tl.float32)
+        laid = tl.reshape(tl.permute(values, (0, 3, 2, 1)), [HB * LANES, STEPS * BN])
+        sums = tl.dot(members, laid, input_precision="tf32")
         line = tl.arange(0, STEPS * BN)[None, :]
         step, n, head = line // BN, line % BN, first_head + owner
         at = target + ((token + step).to(tl.int64) * H + head) * (BLOCKS * N) + row_block * N + n
@@ -80,7 +81,7 @@ def reader_gradient_kernel(
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     HB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_FINAL: tl.constexpr,
-    WITH_Q: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY_IS_OUTER: tl.constexpr, DOT: tl.constexpr,
+    WITH_Q: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY_IS_OUTER: tl.constexpr, IS_HALF: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One chunk forwards from the state that enters it; grid (channel blocks, chunks).
@@ -169,7 +170,7 @@ def reader_gradient_kernel(
             products, through = running_products(decay, through, state_step, STEPS, 2)
             gradient = add_rows(gradient, products, grad[:, None, :, :] * c_t, state_step, STEPS, 2)
         store_row_sums(
-            states * grad[:, None, :, :], dC, start + tile, end, H, row_block, N, BN, STEPS, HB, PB, CHANNELS, blocks, DOT
+            states * grad[:, None, :, :], dC, start + tile, end, H, row_block, N, BN, STEPS, HB, PB, CHANNELS, blocks, IS_HALF
         )
 
     tl.store(dA_at, tl.expand_dims(dA_sum, 2), mask=has_element)
@@ -190,7 +191,7 @@ def writer_gradient_kernel(
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     HB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_END: tl.constexpr, HAS_FINAL: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, SOFTPLUS: tl.constexpr, STATES_ARE_OUTER: tl.constexpr, DOT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, SOFTPLUS: tl.constexpr, STATES_ARE_OUTER: tl.constexpr, IS_HALF: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One chunk backwards from the q that leaves it, after the reader's kernel; grid (channel blocks, chunks).
@@ -198,7 +199,7 @@ def writer_gradient_kernel(
     Writes dx, ddt [T, H, P], dB [T, H, row blocks, N], dD and d_bias [chunks, H·P] (zero for unused chunks), d_initial
     [n, H, P, N], and adds its part to dA. The state that leaves a chunk is the next one's in `entry`, of a document's last
     chunk that in final_state (HAS_FINAL; if not, no gradient arrives there). HAS_END: there is a q_end, [chunks, N, H·P], or
-    [n, H, P, N] if STATES_ARE_OUTER: then each document is one chunk. DOT: see store_row_sums.
+    [n, H, P, N] if STATES_ARE_OUTER: then each document is one chunk.
     """
     chunk = tl.program_id(1).to(tl.int64)
     start = tl.load(chunks + chunk * 4)
@@ -306,7 +307,7 @@ def writer_gradient_kernel(
             dD_sum += tl.sum(grad * x_t, axis=1)
         tl.store(dx + out_place + tile * size, dx_t.to(dx.dtype.element_ty), mask=here)
         store_row_sums(
-            gradients * u[:, None, :, :], dB, start + tile, end, H, row_block, N, BN, STEPS, HB, PB, CHANNELS, blocks, DOT
+            gradients * u[:, None, :, :], dB, start + tile, end, H, row_block, N, BN, STEPS, HB, PB, CHANNELS, blocks, IS_HALF
         )
 
     dA_sum = tl.expand_dims(dA_sum, 2) + tl.load(dA_at, mask=has_element, other=0.0)

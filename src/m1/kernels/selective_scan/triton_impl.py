@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from m1.kernels.chunk_table import ChunkTable, cut_documents, document_bounds
-from m1.kernels.launch import IS_INTERPRETED, dot_dtype, num_multiprocessors, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, num_multiprocessors, with_unit_stride
 from m1.kernels.partial_sums import sum_partials
 from m1.kernels.selective_scan import triton_backward as backward
 from m1.kernels.selective_scan import triton_forward as forward
@@ -80,10 +80,18 @@ class ScanConfig(NamedTuple):
 
 
 def choose_config(num_tokens: int, num_channels: int, multiprocessors: int) -> ScanConfig:
-    """Chunks as long as leave about 24 warps a multiprocessor, between 32 and 128 tokens (see triton_backward on rounding)."""
-    length = max(num_tokens * num_channels // (WARP * 24 * multiprocessors), 1)
-    chunk = min(max(triton.next_power_of_2(length), 32), 128)
-    return ScanConfig(chunk, Tile(4, 4, 3), Tile(4, 2, 3), Tile(1, 1, 3, None, 2), Tile(2, 1, 3, None, 2))
+    """Chunks as long as leave about 12 warps of 64 channels a multiprocessor, between 32 and 256 tokens (longer ones cost
+    accuracy: see triton_backward.py).
+    """
+    length = max(num_tokens * num_channels // (2 * WARP * 12 * multiprocessors), 1)
+    chunk = min(max(1 << (length.bit_length() - 1), 32), 256)
+    return ScanConfig(
+        chunk,
+        states=Tile(4, 1, 3, channels=2),
+        outputs=Tile(4, 1, 3, channels=2),
+        readers=Tile(1, 1, 4, channels=2),
+        writers=Tile(1, 1, 4, channels=2),
+    )
 
 
 def selective_scan(
@@ -269,10 +277,9 @@ class _Swept(NamedTuple):
     final_state: Tensor | None
 
 
-def _sums_on_tensor_cores(inputs: _Inputs, sizes: dict[str, int]) -> Any:
-    """The operand type of the sums over rows: see store_row_sums."""
-    is_half = inputs.B.dtype != torch.float32 and inputs.C.dtype != torch.float32 and sizes["HB"] <= MOST_HEADS
-    return dot_dtype(inputs.B.dtype) if is_half else None
+def _is_half(inputs: _Inputs, sizes: dict[str, int]) -> bool:
+    """Whether the sums over rows may be as inexact as halves are: see store_row_sums."""
+    return inputs.B.dtype != torch.float32 and inputs.C.dtype != torch.float32 and sizes["HB"] <= MOST_HEADS
 
 
 def _sweep_readers(
@@ -295,7 +302,7 @@ def _sweep_readers(
         **inputs.strides(dy), **inputs.heads, **sizes,
         HAS_D=inputs.D is not None, HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None,
         HAS_ENTRY=entry is not None, HAS_FINAL=has_final, WITH_Q=swept.q is not None, SOFTPLUS=inputs.softplus,
-        ENTRY_IS_OUTER=chunks.is_one_each, DOT=_sums_on_tensor_cores(inputs, sizes), **COMMON, **tile.launch,
+        ENTRY_IS_OUTER=chunks.is_one_each, IS_HALF=_is_half(inputs, sizes), **COMMON, **tile.launch,
     )  # fmt: skip
     return swept
 
@@ -334,7 +341,7 @@ def _sweep_writers(
         **inputs.strides(dy), **inputs.heads, **sizes,
         HAS_D=has_D, HAS_Z=inputs.z is not None, HAS_BIAS=has_bias, HAS_END=q_end is not None,
         HAS_FINAL=d_final is not None, HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus,
-        STATES_ARE_OUTER=chunks.is_one_each, DOT=_sums_on_tensor_cores(inputs, sizes), **COMMON, **tile.launch,
+        STATES_ARE_OUTER=chunks.is_one_each, IS_HALF=_is_half(inputs, sizes), **COMMON, **tile.launch,
     )  # fmt: skip
     dx = _sum_repeats(dx.view(T, inputs.x.shape[1], -1, P))
     dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N))
