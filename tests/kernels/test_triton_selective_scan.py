@@ -91,6 +91,7 @@ def test_a_table_serves_while_its_bounds_are_the_same(device: str) -> None:
         ([17, 1, 30], (3, 1, 3, 4, 4), torch.float32),
         ([23], (2, 2, 1, 3, 130), torch.float32),
         ([9, 12], (4, 2, 2, 16, 16), torch.bfloat16),
+        ([11], (9, 3, 9, 8, 4), torch.bfloat16),  # groups that programs of 8 heads divide
     ],
 )
 def test_outputs_states_and_gradients(lengths: list[int], dims: Dims, dtype: torch.dtype, device: str) -> None:

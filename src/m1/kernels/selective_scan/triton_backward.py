@@ -41,35 +41,39 @@ from m1.kernels.triton_math import (
 
 @triton.jit
 def store_row_sums(
-    values, target, token, limit, H, row_block,
+    values, target, token, limit, H, num_rows, row_block,
     N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, HB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr, IS_HALF: tl.constexpr,
+    BLOCKS: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr, IS_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Σ over p of values [HB, BN, STEPS, PB] into rows token … limit of target [T, H, BLOCKS, N], block `row_block`.
+    """Σ over p of values [HB, BN, STEPS, PB] into rows token … limit of target [T, num_rows, BLOCKS, N], block `row_block`.
 
-    IS_HALF: by the tensor cores, in tf32; if not, in fp32.
+    A program has SLOTS rows of the target, one for each head of its HB (SHARE 1), or, IS_HALF alone, for each group of SHARE
+    heads of which it has some. IS_HALF: by the tensor cores, in tf32; if not, in fp32.
     """
     first_head = tl.program_id(0) // BLOCKS * HB
+    first_row = tl.program_id(0) // BLOCKS * SLOTS
     LANES: tl.constexpr = PB // CHANNELS  # of a head
     values = tl.sum(tl.reshape(values, [HB, BN, STEPS, LANES, CHANNELS]), axis=4)
     if not IS_HALF:
         step = tl.arange(0, STEPS)[None, None, :]
-        head = first_head + tl.arange(0, HB)[:, None, None]
+        head = tl.arange(0, HB)[:, None, None]
         n = tl.arange(0, BN)[None, :, None]
-        at = target + ((token + step).to(tl.int64) * H + head) * (BLOCKS * N) + row_block * N + n
+        at = target + ((token + step).to(tl.int64) * num_rows + first_row + head) * (BLOCKS * N) + row_block * N + n
         sums = tl.sum(values, axis=3)
-        tl.store(at, sums.to(target.dtype.element_ty), mask=(token + step < limit) & (head < H) & (n < N))
+        tl.store(at, sums.to(target.dtype.element_ty), mask=(token + step < limit) & (first_head + head < H) & (n < N))
     else:
-        # rows of the product are heads, 16 of which HB are used; columns are (token, n), side by side in a lane
+        # rows of the product are heads or groups, 16 of which SLOTS are used; columns are (token, n), side by side in a lane
         lane = tl.arange(0, HB * LANES)[None, :]
-        owner = tl.arange(0, 16)[:, None]
-        members = (lane // LANES == owner).to(tl.float32)
+        slot = tl.arange(0, 16)[:, None]
+        first_group = first_head // SHARE
+        members = ((first_head + lane // LANES) // SHARE - first_group == slot).to(tl.float32)
         laid = tl.reshape(tl.permute(values, (0, 3, 2, 1)), [HB * LANES, STEPS * BN])
         sums = tl.dot(members, laid, input_precision="tf32")
         line = tl.arange(0, STEPS * BN)[None, :]
-        step, n, head = line // BN, line % BN, first_head + owner
-        at = target + ((token + step).to(tl.int64) * H + head) * (BLOCKS * N) + row_block * N + n
-        is_used = (owner < HB) & (head < H) & (n < N) & (token + step < limit)
+        step, n = line // BN, line % BN
+        at = target + ((token + step).to(tl.int64) * num_rows + first_row + slot) * (BLOCKS * N) + row_block * N + n
+        has_heads = (first_group + slot) * SHARE < tl.minimum(first_head + HB, H)
+        is_used = (slot < SLOTS) & has_heads & (n < N) & (token + step < limit)
         tl.store(at, sums.to(target.dtype.element_ty), mask=is_used)
 
 
@@ -170,8 +174,9 @@ def reader_gradient_kernel(
             products, through = running_products(decay, through, state_step, STEPS, 2)
             gradient = add_rows(gradient, products, grad[:, None, :, :] * c_t, state_step, STEPS, 2)
         store_row_sums(
-            states * grad[:, None, :, :], dC, start + tile, end, H, row_block, N, BN, STEPS, HB, PB, CHANNELS, blocks, IS_HALF
-        )
+            states * grad[:, None, :, :], dC, start + tile, end, H, H, row_block,
+            N, BN, STEPS, HB, PB, CHANNELS, blocks, HB, 1, IS_HALF,
+        )  # fmt: skip
 
     tl.store(dA_at, tl.expand_dims(dA_sum, 2), mask=has_element)
     tl.store(delta_sum + chunk * size + channel, tl.expand_dims(total, 1), mask=exists)
@@ -187,19 +192,19 @@ def writer_gradient_kernel(
     x, dt, A, B, C, D, z, dt_bias, dy, entry, q_end, correlation, delta_sum, final_state,
     dx, ddt, dA, dB, dD, d_bias, d_initial, chunks,
     x_token, x_head, dt_token, dt_head, b_token, b_head, c_token, c_head, z_token, z_head, dy_token, dy_head,
-    H, x_repeat, b_repeat, zero,
+    H, x_repeat, b_repeat, dB_rows, zero,
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     HB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_END: tl.constexpr, HAS_FINAL: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, SOFTPLUS: tl.constexpr, STATES_ARE_OUTER: tl.constexpr, IS_HALF: tl.constexpr,
-    IS_INTERPRETED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, SOFTPLUS: tl.constexpr, STATES_ARE_OUTER: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr,
+    IS_HALF: tl.constexpr, IS_INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One chunk backwards from the q that leaves it, after the reader's kernel; grid (channel blocks, chunks).
 
-    Writes dx, ddt [T, H, P], dB [T, H, row blocks, N], dD and d_bias [chunks, H·P] (zero for unused chunks), d_initial
-    [n, H, P, N], and adds its part to dA. The state that leaves a chunk is the next one's in `entry`, of a document's last
-    chunk that in final_state (HAS_FINAL; if not, no gradient arrives there). HAS_END: there is a q_end, [chunks, N, H·P], or
-    [n, H, P, N] if STATES_ARE_OUTER: then each document is one chunk.
+    Writes dx, ddt [T, H, P], dB [T, dB_rows, row blocks, N] (see store_row_sums), dD and d_bias [chunks, H·P] (zero for unused
+    chunks), d_initial [n, H, P, N], and adds its part to dA. The state that leaves a chunk is the next one's in `entry`, of a
+    document's last chunk that in final_state (HAS_FINAL; if not, no gradient arrives there). HAS_END: there is a q_end,
+    [chunks, N, H·P], or [n, H, P, N] if STATES_ARE_OUTER: then each document is one chunk.
     """
     chunk = tl.program_id(1).to(tl.int64)
     start = tl.load(chunks + chunk * 4)
@@ -307,8 +312,9 @@ def writer_gradient_kernel(
             dD_sum += tl.sum(grad * x_t, axis=1)
         tl.store(dx + out_place + tile * size, dx_t.to(dx.dtype.element_ty), mask=here)
         store_row_sums(
-            gradients * u[:, None, :, :], dB, start + tile, end, H, row_block, N, BN, STEPS, HB, PB, CHANNELS, blocks, IS_HALF
-        )
+            gradients * u[:, None, :, :], dB, start + tile, end, H, dB_rows, row_block,
+            N, BN, STEPS, HB, PB, CHANNELS, blocks, SLOTS, SHARE, IS_HALF,
+        )  # fmt: skip
 
     dA_sum = tl.expand_dims(dA_sum, 2) + tl.load(dA_at, mask=has_element, other=0.0)
     tl.store(dA_at, dA_sum, mask=has_element)
@@ -331,3 +337,27 @@ def sum_heads_kernel(partial, total, size, width, REPEAT: tl.constexpr, BLOCK: t
     for r in tl.static_range(REPEAT):
         result += tl.load(at + r * width, mask=exists, other=0.0).to(tl.float32)
     tl.store(total + element, result.to(total.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def sum_slots_kernel(
+    partial, total, num_groups, num_rows, WIDTH: tl.constexpr, SHARE: tl.constexpr, HB: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total [T, groups, WIDTH] = what the programs of a group's heads left in partial [T, rows, WIDTH], in fp32.
+
+    Grid (tokens, blocks of groups·WIDTH). Program p of the writer's kernel has heads p·HB … and its rows are slots for their
+    groups, the first for that of its first head (store_row_sums).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = element < num_groups * WIDTH
+    group = element // WIDTH
+    result = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range((SHARE + HB - 2) // HB + 1):
+        program = group * SHARE // HB + k
+        has_heads = program * HB < (group + 1) * SHARE
+        row = program * SLOTS + group - program * HB // SHARE
+        at = partial + token * (num_rows * WIDTH) + row * WIDTH + element % WIDTH
+        result += tl.load(at, mask=exists & has_heads, other=0.0).to(tl.float32)
+    tl.store(total + token * (num_groups * WIDTH) + element, result.to(total.dtype.element_ty), mask=exists)

@@ -282,6 +282,18 @@ def _is_half(inputs: _Inputs, sizes: dict[str, int]) -> bool:
     return inputs.B.dtype != torch.float32 and inputs.C.dtype != torch.float32 and sizes["HB"] <= MOST_HEADS
 
 
+def _rows_of_dB(inputs: _Inputs, sizes: dict[str, int]) -> tuple[int, int, int]:
+    """For the writer's kernel: rows of its partial dB a program, heads a row, and rows a token. A row is of a head, or, where a
+    program has several heads and B is shared, of those of a program's heads that share it.
+    """
+    H, HB = inputs.state_shape[0], sizes["HB"]
+    share = H // inputs.B.shape[1]
+    if HB == 1 or share == 1 or not _is_half(inputs, sizes):
+        return HB, 1, H
+    slots = min(HB, (HB + share - 2) // share + 1)
+    return slots, share, triton.cdiv(H, HB) * slots
+
+
 def _sweep_readers(
     inputs: _Inputs, chunks: ChunkTable, tile: Tile, dy: Tensor, entry: Tensor | None, has_final: bool
 ) -> _Swept:
@@ -327,7 +339,8 @@ def _sweep_writers(
         q_end = swept.q
     dx = torch.empty(T, H, P, dtype=inputs.x.dtype, device=device)
     ddt = torch.empty(T, H, P, dtype=inputs.dt.dtype, device=device)
-    dB = torch.empty(T, H, triton.cdiv(P, sizes["PB"]), N, dtype=inputs.B.dtype, device=device)
+    slots, share, rows = _rows_of_dB(inputs, sizes)
+    dB = torch.empty(T, rows, triton.cdiv(P, sizes["PB"]), N, dtype=inputs.B.dtype, device=device)
     dD, d_bias = (
         torch.empty(chunks.num_chunks, H, P, dtype=torch.float32, device=device) if is_wanted else None
         for is_wanted in (has_D, has_bias)
@@ -338,13 +351,13 @@ def _sweep_writers(
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, dy,
         entry, q_end, swept.correlation, swept.delta_sum, swept.final_state,
         dx, ddt, swept.dA, dB, dD, d_bias, d_initial, chunks.rows,
-        **inputs.strides(dy), **inputs.heads, **sizes,
+        **inputs.strides(dy), **inputs.heads, dB_rows=rows, **sizes, SLOTS=slots, SHARE=share,
         HAS_D=has_D, HAS_Z=inputs.z is not None, HAS_BIAS=has_bias, HAS_END=q_end is not None,
         HAS_FINAL=d_final is not None, HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus,
         STATES_ARE_OUTER=chunks.is_one_each, IS_HALF=_is_half(inputs, sizes), **COMMON, **tile.launch,
     )  # fmt: skip
     dx = _sum_repeats(dx.view(T, inputs.x.shape[1], -1, P))
-    dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N))
+    dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N)) if share == 1 else _sum_slots(dB, inputs, slots, share, sizes["HB"])
     dA = sum_partials(swept.dA).t().reshape(inputs.state_shape)
     sums = [None if partial is None else sum_partials(partial) for partial in (dD, d_bias)]
     return dx, ddt, dA, dB, _sum_repeats(swept.dC), sums[0], swept.dz, sums[1], d_initial
@@ -358,4 +371,13 @@ def _sum_repeats(partial: Tensor) -> Tensor:
     total = torch.empty(T, heads, width, dtype=partial.dtype, device=partial.device)
     grid = (triton.cdiv(total.numel(), SUM_BLOCK),)
     backward.sum_heads_kernel[grid](partial, total, total.numel(), width, repeats, SUM_BLOCK)
+    return total
+
+
+def _sum_slots(partial: Tensor, inputs: _Inputs, slots: int, share: int, heads: int) -> Tensor:
+    """dB [T, G, N] from what programs of `heads` heads left in [T, rows, 1, N]."""
+    total = torch.empty(inputs.B.shape, dtype=partial.dtype, device=partial.device)
+    _, num_groups, width = total.shape
+    grid = (partial.shape[0], triton.cdiv(num_groups * width, SUM_BLOCK))
+    backward.sum_slots_kernel[grid](partial, total, num_groups, partial.shape[1], width, share, heads, slots, SUM_BLOCK)
     return total
