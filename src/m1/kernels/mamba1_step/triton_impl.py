@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from m1.kernels.launch import IS_INTERPRETED, num_multiprocessors, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, chaining, num_multiprocessors, with_unit_stride
 from m1.kernels.mamba1_step.triton_kernels import step_kernel
 
 MOST_PIECES = 4  # of a channel's states: wider ones are shared among lanes
@@ -84,6 +84,6 @@ def mamba1_step(
             HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
             SILU=conv_activation == "silu", SOFTPLUS=dt_softplus, IS_INTERPRETED=IS_INTERPRETED,
             JOIN=config.join, SWAP=config.swap,
-            num_warps=config.num_warps, maxnreg=config.max_registers,
+            num_warps=config.num_warps, maxnreg=config.max_registers, **chaining(x.device),
         )  # fmt: skip
     return y

@@ -16,6 +16,7 @@ before a barrier.
 import triton
 import triton.language as tl
 
+from m1.kernels.launch import wait_for_previous
 from m1.kernels.triton_math import LOG2E, sigmoid, softplus, widen
 
 
@@ -72,7 +73,7 @@ def step_kernel(
     GB: tl.constexpr, PB: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, SEQUENCES: tl.constexpr,
     OWN_FILTERS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, SILU: tl.constexpr, SOFTPLUS: tl.constexpr, IS_INTERPRETED: tl.constexpr,
-    JOIN: tl.constexpr, SWAP: tl.constexpr,
+    JOIN: tl.constexpr, SWAP: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of GB groups x blocks of PB rows, blocks of SEQUENCES); tiles [PB, GB], [PB, GB, PIECE], of which
     the last axis lies inside a thread.
@@ -104,6 +105,7 @@ def step_kernel(
         offsets += (_parameter(dt_bias, channel, is_channel, HAS_BIAS),)
         skips += (_parameter(D, channel, is_channel, HAS_D),)
 
+    wait_for_previous(IS_CHAINED)  # which makes rows and slots; the parameters were there before
     first = tl.program_id(0 if SWAP else 1) * SEQUENCES
     for index in range(SEQUENCES):
         sequence = tl.zeros([1, 1], tl.int64) + first + index
