@@ -110,6 +110,13 @@ def test_a_rank_that_fails_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "told").exists()
 
 
+def test_requests_are_cut_into_pieces() -> None:
+    requests = [SampleRequest("a", 5), SampleRequest("b", 2), SampleRequest("c", 1)]
+    expected = [(0, 0, 2), (0, 2, 2), (0, 4, 1), (1, 0, 2), (2, 0, 1)]
+    assert [(piece.index, piece.first, piece.count) for piece in ranks.cut(requests, 2)] == expected
+    assert [piece.count for piece in ranks.cut(requests, 9)] == [5, 2, 1]
+
+
 class Lists:
     """A board of one process."""
 
@@ -138,6 +145,7 @@ def test_another_rank_leaves_what_is_cancelled_once(monkeypatch: pytest.MonkeyPa
     board.append("call 0/cancelled", 9)
     assert not server.is_over(20)
     assert left == [7, 9]
+    assert server.left == {7, 9}
     assert [(tokens, [index for index, _ in found]) for _, tokens, found in board.lists["call 0/samples"]] == [
         (10, [4]),
         (20, []),

@@ -4,6 +4,7 @@ The wiring only: sampling is a backend's, extraction and grouping are reasoning'
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from m1.backends import open_backend
+from m1.backends import open_backend, other_ranks_serving
 from m1.config import SolveConfig, require
 from m1.evaluation.budget import Budget, SampleUntil, sample_until
 from m1.evaluation.sampling import Generate, Prompt, Sample, SampleRequest
@@ -22,10 +23,12 @@ from m1.evaluation.votes import elect, load_verifier, require_vote
 from m1.reasoning.answers import extract_answer
 from m1.reasoning.verify import Verifier
 from m1.reasoning.voting import AdaptiveVote, Vote
+from m1.training.distributed import ranks
 
 DEFAULT_SAMPLES = 16
 MOST_SAMPLES = 1_000_000  # where only a budget limits them
 _WARM_UP_TOKENS = 8
+_RANK_TIMEOUT = 600.0  # seconds that ranks wait for each other at the beginning and the end
 _ENDINGS = {"seconds": "the time was up", "tokens": "the tokens were used up", "samples": "", "complete": ""}
 
 
@@ -43,7 +46,22 @@ class Solution:
 
 
 def run(config: SolveConfig) -> None:
-    """The command: prints the samples' answers, the vote and one winning solution, or one JSON object with --json."""
+    """The command: prints the samples' answers, the vote and one winning solution, or one JSON object with --json.
+
+    Under `torchrun` the engines of all ranks draw the samples; the first rank votes and prints.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _run(config)
+        return
+    if config.backend != "engine" or config.url:
+        raise ValueError("torchrun: only --backend engine uses several ranks")
+    serving = other_ranks_serving(config, has_deadline=bool(config.seconds))
+    with ranks(config.device, _RANK_TIMEOUT), serving as is_first:
+        if is_first:
+            _run(config)
+
+
+def _run(config: SolveConfig) -> None:
     require(config, "model", "problem")
     problem = sys.stdin.read() if config.problem == "-" else config.problem
     if not problem.strip():

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
@@ -17,9 +18,9 @@ def engine_backend(engine: Engine) -> Generate:
     """
 
     def generate(requests: Sequence[SampleRequest], watch: Watch) -> list[list[Sample]]:
-        indices = iter(range(len(requests)))
+        pieces = iter([Piece(index, 0, request.n) for index, request in enumerate(requests)])
         most = 2 * engine.capacity.max_num_seqs
-        run = EngineRun(engine, requests, watch, lambda: next(indices, None), num_ahead=most)
+        run = EngineRun(engine, requests, watch, lambda: next(pieces, None), num_ahead=most)
         try:
             run.sample()
         finally:  # nothing stays in the engine when the watch ends it, a step fails or the user interrupts
@@ -29,11 +30,28 @@ def engine_backend(engine: Engine) -> Generate:
     return generate
 
 
-class EngineRun:
-    """One call: which requests are in the engine, and the samples so far, by request.
+@dataclass(frozen=True)
+class Piece:
+    """`count` samples of requests[index] from number `first` on."""
 
-    take: the index of the next request to sample here, None when there is no more; called while fewer than num_ahead samples
-    are unfinished. taken: those that it gave.
+    index: int
+    first: int
+    count: int
+
+
+@dataclass
+class _Open:
+    """A piece in the engine, and how many of its samples have not been heard of."""
+
+    piece: Piece
+    request: Request
+    num_left: int
+
+
+class EngineRun:
+    """One call: what of its requests is in the engine, and the samples so far, by request.
+
+    take: the next piece to sample here, None when there is no more; called while fewer than num_ahead samples are unfinished.
     """
 
     def __init__(
@@ -41,15 +59,14 @@ class EngineRun:
         engine: Engine,
         requests: Sequence[SampleRequest],
         watch: Watch,
-        take: Callable[[], int | None],
+        take: Callable[[], Piece | None],
         num_ahead: int,
     ) -> None:
         self.engine, self.requests, self.watch = engine, requests, watch
         self.samples: list[list[Sample]] = [[] for _ in requests]
-        self.taken: set[int] = set()
         self._take, self._num_ahead, self._is_left = take, num_ahead, True
-        self._open: dict[int, tuple[int, Request]] = {}  # by number in the engine, with their index in the call
-        self._num_unfinished = 0  # completions of open requests
+        self._open: dict[int, _Open] = {}  # by number in the engine
+        self._num_unfinished = 0  # samples of open pieces
         self._num_before = engine.metrics.num_generated_tokens
         self._seconds_start = time.perf_counter()
 
@@ -67,49 +84,51 @@ class EngineRun:
                 if request.error is not None:
                     raise request.error
                 if request.number in self._open:
-                    self._hear(request, completion)
+                    self._hear(self._open[request.number], completion)
 
     def cancel(self, index: int) -> None:
         """Leave what is unfinished of a request."""
-        for at, request in list(self._open.values()):
-            if at == index:
-                self._leave(request)
+        for entry in list(self._open.values()):
+            if entry.piece.index == index:
+                self._leave(entry)
 
     def abort(self) -> None:
         """Leave everything that is unfinished."""
-        for _, request in list(self._open.values()):
-            self._leave(request)
+        for entry in list(self._open.values()):
+            self._leave(entry)
 
     def _submit(self) -> None:
         while self._is_left and self._num_unfinished < self._num_ahead:
-            index = self._take()
-            if index is None:
+            piece = self._take()
+            if piece is None:
                 self._is_left = False
                 return
-            self.taken.add(index)
-            asked = self.requests[index]
+            asked = self.requests[piece.index]
             try:
-                request = self.engine.submit(asked.prompt, SamplingParams(n=asked.n, **asked.params))
+                params = SamplingParams(n=piece.count, **asked.params)
+                request = self.engine.submit(asked.prompt, params, first_sample=piece.first)
             except ValueError as error:
-                raise ValueError(f"requests[{index}]: {error}") from error
-            self._open[request.number] = index, request
-            self._num_unfinished += asked.n
+                raise ValueError(f"requests[{piece.index}]: {error}") from error
+            self._open[request.number] = _Open(piece, request, piece.count)
+            self._num_unfinished += piece.count
 
-    def _hear(self, request: Request, completion: Completion) -> None:
-        index, _ = self._open[request.number]
-        sample = self._to_sample(completion)
+    def _hear(self, entry: _Open, completion: Completion) -> None:
+        index = entry.piece.index
+        sample = self._to_sample(completion, entry.piece.first)
         self.samples[index].append(sample)
-        if self.watch.on_sample(index, sample) or len(self.samples[index]) == request.params.n:
-            self._leave(request)
-        else:
-            self._num_unfinished -= 1
+        entry.num_left -= 1
+        self._num_unfinished -= 1
+        if self.watch.on_sample(index, sample):
+            self.cancel(index)
+        elif not entry.num_left:
+            self._leave(entry)
 
-    def _leave(self, request: Request) -> None:
-        del self._open[request.number]
-        self._num_unfinished = sum(request.params.n - len(self.samples[index]) for index, request in self._open.values())
-        self.engine.abort(request)
+    def _leave(self, entry: _Open) -> None:
+        del self._open[entry.request.number]
+        self._num_unfinished -= entry.num_left
+        self.engine.abort(entry.request)
 
-    def _to_sample(self, completion: Completion) -> Sample:
+    def _to_sample(self, completion: Completion, first: int) -> Sample:
         mean_logprob, tail_logprob = confidences(completion.logprobs)
         return Sample(
             text=completion.text,
@@ -117,7 +136,7 @@ class EngineRun:
             finish_reason=completion.finish_reason,
             mean_logprob=mean_logprob,
             tail_logprob=tail_logprob,
-            index=completion.index,
+            index=first + completion.index,
             seconds=time.perf_counter() - self._seconds_start,
             tokens_spent=self.num_tokens,
         )

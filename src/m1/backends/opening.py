@@ -80,14 +80,14 @@ def fingerprint(model: str) -> str | None:
 
 
 @contextmanager
-def other_ranks_serving(config: SamplingConfig) -> Iterator[bool]:
+def other_ranks_serving(config: SamplingConfig, *, has_deadline: bool = False) -> Iterator[bool]:
     """Within, under `torchrun`: true on the first rank, which may `open_backend(config)` to sample with the engines of all; the
     others have served it, and have nothing left to do."""
     from m1.backends.ranks import dismiss, serve
     from m1.training.distributed import is_first
 
     if not is_first():
-        serve(lambda: _load_engine(config, has_deadline=False))
+        serve(lambda: _load_engine(config, has_deadline))
         yield False
         return
     try:

@@ -1,8 +1,8 @@
-"""One `generate` callable over the engines of all ranks that `torchrun` started: requests go to whoever has room for them.
+"""One `generate` callable over the engines of all ranks that `torchrun` started: samples are drawn by whoever has room.
 
 The first rank's caller asks, the others serve until it is done. They talk through the store of the process group: a call's
-requests, a counter from which every rank takes the next one, the samples of the others as they finish, and which requests
-are cancelled. Which rank completes a request has no influence on its tokens, as far as a seed is given.
+requests, a counter from which every rank takes the next piece of one, the samples of the others as they finish, and which
+requests are cancelled. Which rank draws a sample has no influence on its tokens, as far as a seed is given.
 """
 
 import pickle
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from m1.backends.engine import EngineRun
+from m1.backends.engine import EngineRun, Piece
 from m1.engine.llm import Engine
 from m1.evaluation.sampling import Generate, Sample, SampleRequest, Watch
 
+PIECES_A_RANK = 8  # at least: the last ones are what ranks wait for
 _POLL_SECONDS = 0.02  # between two looks at what others have written
 _PARTING_SECONDS = 60.0  # after which a rank that is dismissed is given up; it may be dead
 _CLOSED, _FAILED, _LEFT = "closed", "failed", "left"
@@ -66,10 +67,10 @@ def shared_backend(engine: Engine) -> Generate:
         call = f"call {next(calls)}"
         board.put(f"{call}/requests", list(requests))
         caller = _Caller(board, call, requests, watch)
-        run = _run_of(engine, board, call, requests, caller)
+        run = caller.run = _run_of(engine, board, call, requests, caller)
         try:
             run.sample()
-            while caller.is_waiting(run) and not caller.is_over(run.num_tokens):
+            while caller.is_waiting and not caller.is_over(run.num_tokens):  # for what others draw
                 time.sleep(_POLL_SECONDS)
         finally:
             run.abort()
@@ -114,24 +115,42 @@ def serve(open_engine: Callable[[], Engine]) -> None:
         board.append(_LEFT, dist.get_rank())
 
 
-def _run_of(engine: Engine, board: Board, call: str, requests: Sequence[SampleRequest], watch: Watch) -> EngineRun:
+def _run_of(
+    engine: Engine, board: Board, call: str, requests: Sequence[SampleRequest], watch: "_Caller | _Server"
+) -> EngineRun:
     """This rank's part of a call: it holds no more than its share of all samples at a time, nor more than it can run."""
+    total = sum(request.n for request in requests)
+    share = -(-total // dist.get_world_size())
+    pieces = cut(requests, max(1, share // PIECES_A_RANK))
 
-    def take() -> int | None:
-        index = board.take(f"{call}/next")
-        return index if index < len(requests) else None
+    def take() -> Piece | None:
+        while (number := board.take(f"{call}/next")) < len(pieces):
+            if pieces[number].index not in watch.left:
+                return pieces[number]
+        return None
 
-    share = -(-sum(request.n for request in requests) // dist.get_world_size())
     return EngineRun(engine, requests, watch, take, num_ahead=min(share, engine.capacity.max_num_seqs))
+
+
+def cut(requests: Sequence[SampleRequest], most: int) -> list[Piece]:
+    """Pieces of at most `most` samples, in order."""
+    return [
+        Piece(index, first, min(most, request.n - first))
+        for index, request in enumerate(requests)
+        for first in range(0, request.n, most)
+    ]
 
 
 class _Caller(Watch):
     """The first rank's watch: also hears what the others have sampled, and tells them what is cancelled."""
 
+    run: EngineRun
+
     def __init__(self, board: Board, call: str, requests: Sequence[SampleRequest], watch: Watch) -> None:
         self.board, self.call, self.watch = board, call, watch
         self.samples: list[list[Sample]] = [[] for _ in requests]
         self._wanted = {index: request.n for index, request in enumerate(requests)}  # samples of unfinished requests
+        self.left: set[int] = set()  # requests that were cancelled
         self._num_heard = 0
         self._num_tokens: dict[int, int] = {}  # of the other ranks, by rank
         self._last_look = 0.0
@@ -139,6 +158,9 @@ class _Caller(Watch):
     def on_sample(self, request: int, sample: Sample) -> bool:
         self._wanted[request] -= 1
         is_cancelled = self.watch.on_sample(request, sample)
+        if is_cancelled:
+            self.board.append(f"{self.call}/cancelled", request)
+            self.left.add(request)
         if is_cancelled or not self._wanted[request]:
             del self._wanted[request]
         return is_cancelled
@@ -149,9 +171,10 @@ class _Caller(Watch):
             self._last_look = time.monotonic()
         return self.watch.is_over(num_tokens + sum(self._num_tokens.values()))
 
-    def is_waiting(self, run: EngineRun) -> bool:
-        """Whether samples are missing that are not this rank's own to draw."""
-        return any(index not in run.taken for index in self._wanted)
+    @property
+    def is_waiting(self) -> bool:
+        """Whether samples are missing."""
+        return bool(self._wanted)
 
     def _listen(self) -> None:
         for failure in self.board.after(_FAILED, 0):
@@ -165,7 +188,7 @@ class _Caller(Watch):
                     continue  # it was cancelled while this was on its way
                 self.samples[index].append(sample)
                 if self.on_sample(index, sample):
-                    self.board.append(f"{self.call}/cancelled", index)
+                    self.run.cancel(index)
 
 
 class _Server(Watch):
@@ -176,6 +199,7 @@ class _Server(Watch):
     def __init__(self, board: Board, call: str) -> None:
         self.board, self.call = board, call
         self._found: list[tuple[int, Sample]] = []
+        self.left: set[int] = set()  # requests that were cancelled
         self._num_cancelled, self._last_look = 0, 0.0
 
     def on_sample(self, request: int, sample: Sample) -> bool:
@@ -189,6 +213,7 @@ class _Server(Watch):
         self.send(num_tokens)
         cancelled = self.board.after(f"{self.call}/cancelled", self._num_cancelled)
         self._num_cancelled += len(cancelled)
+        self.left.update(cancelled)
         for index in cancelled:
             self.run.cancel(index)
         return self.board.has(f"{self.call}/over")

@@ -173,9 +173,16 @@ class Engine:
         """
         return streaming.stream(self, self._driver, prompt, params)
 
-    def submit(self, prompt: Prompt, params: SamplingParams, on_delta: Callable[[Delta], None] | None = None) -> Request:
-        """Queue a prompt; `step` until `request.is_finished`. on_delta is called from whichever thread steps."""
-        request = self._factory.make(prompt, params, on_delta)
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        on_delta: Callable[[Delta], None] | None = None,
+        first_sample: int = 0,
+    ) -> Request:
+        """Queue a prompt; `step` until `request.is_finished`. on_delta is called from whichever thread steps. first_sample:
+        for a part of a larger request, the number there of its first completion."""
+        request = self._factory.make(prompt, params, on_delta, first_sample)
         self._submit(request)
         return request
 

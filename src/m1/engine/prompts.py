@@ -20,9 +20,16 @@ class RequestFactory:
         self.tokenizer, self.vocab_size, self.eos_ids, self.max_model_len = tokenizer, vocab_size, eos_ids, max_model_len
         self._num_made = 0
 
-    def make(self, prompt: Prompt, params: SamplingParams, on_delta: Callable[[Delta], None] | None = None) -> Request:
+    def make(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        on_delta: Callable[[Delta], None] | None = None,
+        first_sample: int = 0,
+    ) -> Request:
         """The request for a prompt: raw text (special tokens added), token ids, or chat messages (templated).
 
+        first_sample: what its first completion draws is what completion number `first_sample` of a larger request would.
         Raises ValueError for an empty prompt, one that leaves no room for a new token, ids outside the vocabulary, text or
         stop strings without a tokenizer, and messages without a chat template.
         """
@@ -46,7 +53,7 @@ class RequestFactory:
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             stop_ids=(frozenset() if params.ignore_eos else self.eos_ids) | frozenset(params.stop_token_ids or ()),
-            seeds=params.sample_seeds(),
+            seeds=params.sample_seeds(first_sample),
             on_delta=on_delta,
         )
 

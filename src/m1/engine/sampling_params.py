@@ -73,10 +73,11 @@ class SamplingParams:
             self.n,
         )
 
-    def sample_seeds(self) -> list[int]:
-        """The seed of each of the n completions, signed 64-bit: a hash of (seed, index); fresh ones without a seed."""
+    def sample_seeds(self, first: int = 0) -> list[int]:
+        """The seed of each of n completions from number `first` on, signed 64-bit: a hash of (seed, number); fresh ones without
+        a seed."""
         base = secrets.randbits(64) if self.seed is None else self.seed
-        return [_hash64(f"{base}/{index}") for index in range(self.n)]
+        return [_hash64(f"{base}/{index}") for index in range(first, first + self.n)]
 
 
 def _hash64(text: str) -> int:
