@@ -66,6 +66,7 @@ def measure(options: argparse.Namespace, mixer: str, device: torch.device) -> di
         max_length=PROMPT_TOKENS + options.max_new_tokens + 1,
         tokens_per_batch=options.tokens_per_batch,
         gradient_checkpointing=options.gradient_checkpointing,
+        replicate=options.replicate,
         keep_sampler=options.keep_sampler,
         suffix="",
         device=device.type,
@@ -80,7 +81,8 @@ def measure(options: argparse.Namespace, mixer: str, device: torch.device) -> di
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     shape = {"size": options.size, "mixer": mixer, "problems": options.problems, "samples": options.samples}
     shape |= {"max_new_tokens": options.max_new_tokens, "tokens_per_batch": options.tokens_per_batch, "num_ranks": num_ranks()}
-    shape |= {"gradient_checkpointing": options.gradient_checkpointing, "keep_sampler": options.keep_sampler}
+    for name in ("replicate", "gradient_checkpointing", "keep_sampler"):
+        shape[name] = getattr(options, name)
     return shape | medians | {"peak_memory_gib": round(peak, 2), "steps": [{k: r[k] for k in SHOWN} for r in result.metrics]}
 
 
@@ -94,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one")
     parser.add_argument("--tokens-per-batch", type=int, default=32768)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--replicate", action="store_true", help="several GPUs: the whole model on each")
     parser.add_argument("--keep-sampler", action="store_true", help="its states and captured steps stay on the device")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", default="results/grpo.json")

@@ -85,7 +85,8 @@ class Result:
     num_ranks: int
     tokens_per_batch: int
     gradient_checkpointing: bool
-    reshard_after_forward: bool  # of account with several ranks
+    replicate: bool  # these two are of account with several ranks
+    reshard_after_forward: bool
     tokens_per_second: float
     seconds_per_step: float
     matrix_limit_share: float
@@ -153,6 +154,7 @@ def measure(size: str, mixer: str, stage: str, steps: int, device: torch.device,
         "max_length": MAX_LENGTH,
         "gradient_checkpointing": recomputes,
         "reshard_after_forward": not options.keep_gathered,
+        "replicate": options.replicate,
     }
     student = make_model(size, mixer, device)
     teacher = make_model(size, mixer, device, dense=True) if stage != "sft" else None
@@ -186,6 +188,7 @@ def measure(size: str, mixer: str, stage: str, steps: int, device: torch.device,
         num_ranks=num_ranks(),
         tokens_per_batch=per_batch,
         gradient_checkpointing=recomputes,
+        replicate=options.replicate,
         reshard_after_forward=not options.keep_gathered,
         tokens_per_second=round(rate, 1),
         seconds_per_step=round(statistics.median(record["seconds"] for record in timed), 4),
@@ -230,6 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="timed steps a case, after two")
     parser.add_argument("--batches", type=int, default=1, help="micro-batches a step and rank")
     parser.add_argument("--tokens-per-batch", type=int, help="instead of each size's own")
+    parser.add_argument("--replicate", action="store_true", help="several GPUs: the whole model on each")
     parser.add_argument("--keep-gathered", action="store_true", help="several GPUs: weights stay whole until the backward pass")
     parser.add_argument("--profile", action="store_true", help="which kernels take the time")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

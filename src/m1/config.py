@@ -143,6 +143,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     track: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
     """Where the metrics go beside metrics.jsonl; each needs its library: pip install 'm1-reasoner[watch]'."""
+    replicate: bool = False
+    """With several ranks: each has the whole model, and gradients are added once a step. Faster for a model that fits."""
     reshard_after_forward: bool = True
     """With several ranks: free a block's gathered weights after its forward. Off: faster, more memory."""
     timeout: float = 600.0

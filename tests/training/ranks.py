@@ -81,6 +81,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"gradient_checkpointing": True, "reshard_after_forward": False, "precision": "bfloat16"},
         {"mixer": "mamba2"},
     ),
+    "align, replicated": ("align", {"learning_rate": 0.0, "replicate": True}, {}),
+    "distill, bf16, replicated": ("distill", {"precision": "bfloat16", "replicate": True}, {}),
+    "sft, untied, biases, averaged, replicated": (
+        "sft",
+        {"ema_decay": 0.5, "replicate": True},
+        {"tie_word_embeddings": False, "mixer_bias": True},
+    ),
+    "grpo, replicated": ("grpo", {"replicate": True}, {}),
     "distill, cached teacher": ("distill", {"teacher_cache": "cache", "steps": 6}, {"mixer": "mamba2"}),
     "grpo": ("grpo", {}, {}),
     "grpo, mamba2, two updates, refilled, kl": (

@@ -120,17 +120,29 @@ def run_and_tell(out, fields, stage, error):
     (out / f"error-{rank()}").write_text(str(caught.value))
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
-def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, uninterrupted, before, after):
-    out = tmp_path / "out"
-    processes = ranks.start_ranks(before, ranks.run_sft, out, {"checkpoint_every": 3}, KilledAtStep7)
+@pytest.mark.parametrize(
+    ("before", "after", "is_replicated"),
+    [
+        (1, 2, (False, False)),
+        (2, 1, (False, False)),
+        (2, 2, (False, False)),
+        (2, 1, (True, False)),
+        (2, 2, (True, False)),
+        (2, 2, (False, True)),
+    ],
+)
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, uninterrupted, before, after, is_replicated):
+    """And with the model divided or replicated, whichever it was."""
+    out, (was_replicated, becomes_replicated) = tmp_path / "out", is_replicated
+    fields = {"checkpoint_every": 3, "replicate": was_replicated}
+    processes = ranks.start_ranks(before, ranks.run_sft, out, fields, KilledAtStep7)
     ranks.join(processes)
     assert [process.exitcode for process in processes] == [1] * (before - 1) + [-signal.SIGKILL]
     assert checkpoints_of(out) == ["step-00000006", "step-00000003"]
     manifest = read_manifest(out / "checkpoints" / "step-00000006")
     assert list(manifest["files"]) == [f"rank-{number:05d}.safetensors" for number in range(before)]
-    ranks.run_ranks(after, ranks.run_sft, out, {"checkpoint_every": 3})
-    if before == after:
+    ranks.run_ranks(after, ranks.run_sft, out, {"checkpoint_every": 3, "replicate": becomes_replicated})
+    if before == after and not any(is_replicated):
         assert_same_weights(out, uninterrupted[before][0])
     else:
         expected = ranks.weights_of(uninterrupted[1][0])

@@ -32,7 +32,7 @@ def test_the_gradients_are_autocasts(mixer, num_parts, frozen, monkeypatch):
     copies = WorkingCopies(model, "bfloat16")
     found = gradients_of(model, num_parts, copies)
     again = gradients_of(model, num_parts, copies)  # in memory that was given back meanwhile
-    monkeypatch.setattr(working_copies, "is_distributed", lambda: True)  # no copies
+    monkeypatch.setattr(working_copies, "is_divided", lambda model: True)  # no copies
     expected = gradients_of(model, num_parts)
     assert found[1:] == again[1:] == expected[1:]
     for name, gradient in expected[0].items():

@@ -130,7 +130,8 @@ def align(
     """
     stage = AlignStage(student, teacher, documents, config)
     select_trainable(student, FROZEN)
-    shard_model(student, precision=config.precision, mixers_alone=True)
+    if not config.replicate:
+        shard_model(student, precision=config.precision, mixers_alone=True)
     return train(student, stage, config, directory=directory, progress=progress, title="align")
 
 

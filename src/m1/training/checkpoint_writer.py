@@ -20,7 +20,7 @@ from torch import Tensor
 from m1.storage import require_disk, write_json
 from m1.training.checkpoint import PREFIX, STATE, TrainingState, checksum, list_checkpoints, random_state, seal, shard_name
 from m1.training.distributed import gather, is_first, num_ranks, rank
-from m1.training.sharding import first_row, local
+from m1.training.sharding import rows_to_write
 
 # Of the timeout of a step's collectives: writing takes longer than a step, and not equally long on all ranks.
 _PATIENCE = 6
@@ -46,8 +46,9 @@ class CheckpointWriter:
         """Save the state after `step` steps; `position` is plain JSON: where the stage's data stands."""
         self.wait()
         tensors = state.tensors()
-        copies = self._on_host({key: local(tensor) for key, tensor in tensors.items()}) | random_state()
-        first_rows = {key.partition(":")[2]: first_row(tensor) for key, tensor in tensors.items() if tensor.ndim}
+        mine = {key: rows_to_write(tensor) for key, tensor in tensors.items()}
+        copies = self._on_host({key: rows for key, (rows, _) in mine.items()}) | random_state()
+        first_rows = {key.partition(":")[2]: first for key, (rows, first) in mine.items() if rows.ndim}
         shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
         manifest = {"step": step, "position": position, "shapes": shapes}
         if not self.is_async:

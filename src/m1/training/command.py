@@ -137,7 +137,7 @@ def _require_training_memory(model: M1Config, config: TrainConfig, device: torch
     if not config.gradient_checkpointing:
         vectors = width * model.num_hidden_layers
     itemsize = 2 if config.precision == "bfloat16" else 4
-    weights = parameter_bytes(model, 16) // num_ranks()
+    weights = parameter_bytes(model, 16) // (1 if config.replicate else num_ranks())
     needed = max(weights + config.tokens_per_batch * vectors * itemsize, parameter_bytes(model, 4)) + extra_bytes
     purpose = f"training {config.model} (lower --tokens-per-batch, or add --gradient-checkpointing)"
     if device.type == "cpu":

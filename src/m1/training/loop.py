@@ -27,7 +27,7 @@ from m1.training.interruption import interruptible
 from m1.training.metrics import MetricsLog, Record
 from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_rates, squared_gradient_norm
 from m1.training.run_directory import RunDirectory
-from m1.training.sharding import forget_gathered, shard_model, synchronize_gradients
+from m1.training.sharding import add_gradients, forget_gathered, is_divided, shard_model, synchronize_gradients
 from m1.training.trackers import open_trackers
 from m1.training.working_copies import WorkingCopies
 
@@ -124,12 +124,13 @@ def train(
     """Train `model` in place for `config.steps` steps; with a `directory`, write metrics and checkpoints, and resume.
 
     The gradient of a step is that of the mean over all targets of the step, on all ranks, however it is cut into micro-batches.
-    Parameters that don't require gradients stay. With a process group the model is divided among the ranks and stays so; with
-    `ema_decay` it ends as the average of its weights. Raises TrainingDivergedError before it would change a parameter by NaN,
-    OSError for a checkpoint that can't be written (those before it stand), and KeyboardInterrupt after the step that was
-    running when Ctrl-C came, once that is saved.
+    Parameters that don't require gradients stay. With a process group the model is divided among the ranks and stays so, unless
+    `replicate` leaves it whole on each; with `ema_decay` it ends as the average of its weights. Raises TrainingDivergedError
+    before it would change a parameter by NaN, OSError for a checkpoint that can't be written (those before it stand), and
+    KeyboardInterrupt after the step that was running when Ctrl-C came, once that is saved.
     """
-    shard_model(model, precision=config.precision, reshard_after_forward=config.reshard_after_forward)
+    if not config.replicate:
+        shard_model(model, precision=config.precision, reshard_after_forward=config.reshard_after_forward)
     optimizer = build_optimizer(model, config)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     copies = WorkingCopies(model, config.precision)
@@ -301,9 +302,13 @@ def _accumulate(
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + (value if batch.counts else torch.zeros_like(value))
             copies.collect()
-    values = torch.stack([*(value.double() for value in totals.values()), squared_gradient_norm(model.parameters())])
-    *of_stage, squared_norm = add_over_ranks(values).tolist()
-    return dict(zip(totals, of_stage, strict=True)), math.sqrt(squared_norm)
+    add_gradients(model)
+    squared_norm = squared_gradient_norm(model.parameters())
+    if not is_divided(model):  # every rank has the whole
+        squared_norm = squared_norm / num_ranks()
+    values = torch.stack([*(value.double() for value in totals.values()), squared_norm])
+    *of_stage, square = add_over_ranks(values).tolist()
+    return dict(zip(totals, of_stage, strict=True)), math.sqrt(square)
 
 
 def _stop_diverged(

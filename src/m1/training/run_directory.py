@@ -25,7 +25,7 @@ MODEL_CONFIG = "config.json"
 # What may change between the start of a run and its resumption: none of it changes the result.
 _FREE_TO_CHANGE = (
     *("out", "device", "checkpoint_every", "keep_checkpoints", "async_save", "export_every", "log_every", "track"),
-    *("reshard_after_forward", "gradient_checkpointing", "timeout", "cache_dir", "teacher_cache", "keep_sampler"),
+    *("replicate", "reshard_after_forward", "gradient_checkpointing", "timeout", "cache_dir", "teacher_cache", "keep_sampler"),
 )
 
 

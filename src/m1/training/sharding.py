@@ -3,6 +3,7 @@
 Each parameter is a DTensor of which a rank holds some rows; a block's are gathered when it runs. The arithmetic is that of
 one process under autocast: matrices are gathered in the compute type, everything else (norms, embeddings, and the dynamics
 of the mixers, which bf16 would round) in float32, and gradients are summed in float32.
+A model that is not divided may be replicated: then its gradients are added over the ranks once a step (`add_gradients`).
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from m1.modeling import M1ForCausalLM
-from m1.training.distributed import is_distributed, num_ranks
+from m1.training.distributed import add_over_ranks, is_distributed, num_ranks, rank
 
 # Linear layers whose weight a mixer takes without calling them: gathered with the block, in float32.
 NEVER_CALLED = ("dt_proj",)
+PIECE = 2**26  # numbers of gradients that are added over the ranks at once: 256 MiB
 
 
 def shard_model(
@@ -52,6 +54,32 @@ def shard_model(
         module.set_force_sum_reduction_for_comms(True)
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether `shard_model` has divided it."""
+    return isinstance(model, FSDPModule)
+
+
+@torch.no_grad()
+def add_gradients(model: nn.Module) -> None:
+    """Sum the gradients of a replicated model over the ranks, a few large pieces after each other.
+
+    Nothing is left to do for a divided one, whose backward passes sum, and without other ranks.
+    """
+    if num_ranks() == 1 or is_divided(model):
+        return
+    pieces: list[list[Tensor]] = [[]]
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if sum(gradient.numel() for gradient in pieces[-1]) + parameter.numel() > PIECE and pieces[-1]:
+            pieces.append([])
+        pieces[-1].append(parameter.grad)
+    for piece in pieces:
+        flat = add_over_ranks(torch.cat([gradient.flatten() for gradient in piece]))
+        parts = flat.split([gradient.numel() for gradient in piece])
+        torch._foreach_copy_(piece, [part.view_as(gradient) for part, gradient in zip(parts, piece, strict=True)])
+
+
 def synchronize_gradients(model: nn.Module, is_on: bool) -> None:
     """Whether the next backward passes add their gradients over the ranks, or keep them for a later one that does."""
     if isinstance(model, FSDPModule):
@@ -75,6 +103,18 @@ def first_row(tensor: Tensor) -> int:
         return 0
     rows = -(-tensor.shape[0] // tensor.device_mesh.size())  # as torch.chunk cuts, which FSDP2 follows
     return min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
+def rows_to_write(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of a tensor that this rank puts into a checkpoint, and the number of the first.
+
+    Those that it holds; of what every rank holds whole, its share.
+    """
+    if isinstance(tensor, DTensor) or not tensor.ndim or num_ranks() == 1:
+        return local(tensor), first_row(tensor)
+    rows = -(-tensor.shape[0] // num_ranks())
+    first = min(rows * rank(), tensor.shape[0])
+    return tensor[first : first + rows], first
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from m1.modeling import M1ForCausalLM
-from m1.training.distributed import is_distributed
-from m1.training.sharding import NEVER_CALLED
+from m1.training.sharding import NEVER_CALLED, is_divided
 
 ALIGNMENT = 128  # elements at which a copy begins: what matrix products and the copying kernel like
 
 
 class WorkingCopies:
-    """bfloat16 copies of the linear layers of a model's blocks; none for another precision, or with a process group.
+    """bfloat16 copies of the linear layers of a model's blocks; none for another precision, or of a divided model.
 
     They take memory (2 bytes a parameter) only while a step's gradients are computed.
     """
 
     def __init__(self, model: M1ForCausalLM, precision: str) -> None:
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []  # module, name, master, copy
-        if precision != "bfloat16" or is_distributed():
+        if precision != "bfloat16" or is_divided(model):
             return
         found = [
             (module, key, master)
