@@ -11,29 +11,24 @@ import torch
 import triton
 from torch import Tensor
 
-from m1.kernels.launch import IS_INTERPRETED, chaining, num_multiprocessors, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, chaining, with_unit_stride
 from m1.kernels.mamba1_step.triton_kernels import step_kernel
 
 MOST_PIECES = 4  # of a channel's states: wider ones are shared among lanes
 
 
 class StepConfig(NamedTuple):
-    """Groups a program, its warps, sequences a program (None: up to 4, where there are enough of them to fill the GPU), and the
-    most registers a thread (None: as many as the compiler likes).
+    """Groups a program, its warps, its sequences, and the most registers a thread (None: as many as the compiler likes).
+
+    join: store a channel's pieces side by side; swap: programs of one group side by side, not those of one sequence.
     """
 
     groups: int = 2
     num_warps: int = 1
-    sequences: int | None = None
+    sequences: int = 1
     max_registers: int | None = None
     join: bool = True
     swap: bool = True
-
-    def sequences_of(self, num_sequences: int, num_groups: int, multiprocessors: int) -> int:
-        if self.sequences is not None:
-            return self.sequences
-        wanted = num_sequences * triton.cdiv(num_groups, self.groups) * self.num_warps // (8 * multiprocessors)
-        return max(number for number in (1, 2, 4) if number <= max(wanted, 1))
 
 
 @torch.no_grad()
@@ -71,15 +66,14 @@ def mamba1_step(
     block_n = triton.next_power_of_2(N)
     piece = min(max(16 // ssm_state.element_size(), block_n // MOST_PIECES), block_n)
     rows = min(triton.next_power_of_2(P), max(1024 // block_n, 1))
-    sequences = config.sequences_of(n, G, num_multiprocessors(x.device))
-    grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), triton.cdiv(n, sequences))
+    grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), triton.cdiv(n, config.sequences))
     grid = grid[::-1] if config.swap else grid
     with torch.cuda.device_of(x):
         step_kernel[grid](
             conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
             *conv_state.stride(), *ssm_state.stride(), min(conv_state.shape[0], ssm_state.shape[0]),
             *z.stride()[:2], *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dt.stride()[:2],
-            n, G, H // G, P, N, width, config.groups, rows, piece, block_n // piece, sequences,
+            n, G, H // G, P, N, width, config.groups, rows, piece, block_n // piece, config.sequences,
             OWN_FILTERS=conv_weight.shape[0] == H * P, HAS_CONV_BIAS=conv_bias is not None,
             HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
             SILU=conv_activation == "silu", SOFTPLUS=dt_softplus, IS_INTERPRETED=IS_INTERPRETED,
