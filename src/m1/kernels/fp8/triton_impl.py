@@ -21,6 +21,8 @@ from m1.kernels.triton_math import sigmoid
 LARGEST = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(1e-12)
 MAX_TOKENS = 128
+# The launch where tiles of 64 channels would leave half of the multiprocessors without one; None: k is split instead.
+NARROW: ProductConfig | None = None
 
 
 @triton.jit
@@ -47,10 +49,11 @@ def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, values_ptr, scale_ptr, x_stride, residual_stride, D, eps,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < D
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)  # no kernel ahead writes it
+    wait_for_previous(IS_CHAINED)
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
@@ -58,7 +61,6 @@ def _norm_kernel(
         tl.store(sum_ptr + row * D + columns, summed, mask=mask)
         x = summed.to(tl.float32)
     rstd = 1 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     normed = ((x * rstd).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)  # rounded as between separate ops
     _store_quantized(row, normed, columns, mask, values_ptr, scale_ptr, D)
@@ -126,10 +128,12 @@ def choose_config(num_tokens: int, num_outputs: int, width: int, multiprocessors
 
     k is split only where there are few tiles and each has a long way to go.
     """
-    tiles, is_narrow = cdiv(num_outputs, 64), num_tokens <= 32
+    tiles, is_small = cdiv(num_outputs, 64), num_tokens <= 32
+    if NARROW is not None and is_small and 2 * tiles <= multiprocessors and width % NARROW.block_k == 0:
+        return NARROW
     if tiles > multiprocessors:
-        block_k, num_stages = (256, 4) if is_narrow else (128, 4)
-    elif is_narrow:
+        block_k, num_stages = (256, 4) if is_small else (128, 4)
+    elif is_small:
         block_k, num_stages = (512, 3) if width % 512 == 0 else (256, 4)
     else:
         block_k, num_stages = (256, 3) if 2 * tiles <= multiprocessors else (128, 6)
