@@ -311,7 +311,7 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             reference_step,
             exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
             fields={
-                "groups": [1, 2, 4, 8], "num_warps": warps, "sequences": [1, 2, 4], "max_registers": [None, 96, 128, 168],
+                "groups": [1, 2, 4, 8], "num_warps": warps, "members": [1, 2, 4, 8], "max_registers": [None, 96, 128, 168],
             },
         ),
     ]  # fmt: skip

@@ -118,7 +118,7 @@ def test_public_op_checks_its_arguments() -> None:
 def test_at_model_sizes(dims: tuple[int, int, int, int], is_repeated_first: bool, dtype: torch.dtype) -> None:
     slots = torch.randperm(35, device="cuda")[:33]
     # from programs with fewer elements than threads, so that several threads hold the same one, to several each
-    for config in (None, kernel.StepConfig(1, 1), kernel.StepConfig(1, 8), kernel.StepConfig(4, 4, 8, 96)):
+    for config in (None, kernel.StepConfig(1, 1), kernel.StepConfig(1, 8), kernel.StepConfig(4, 4, 2, 96)):
         check(make_inputs(33, dims, 4, is_repeated_first, dtype, "cuda"), slots, config)
 
 

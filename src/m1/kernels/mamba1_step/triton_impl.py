@@ -18,14 +18,14 @@ MOST_PIECES = 4  # of a channel's states: wider ones are shared among lanes
 
 
 class StepConfig(NamedTuple):
-    """Groups a program, its warps, its sequences, and the most registers a thread (None: as many as the compiler likes).
+    """Groups a program, its warps, heads of a group at a time, and the most registers a thread (None: as the compiler likes).
 
     join: store a channel's pieces side by side; swap: programs of one group side by side, not those of one sequence.
     """
 
     groups: int = 2
     num_warps: int = 1
-    sequences: int = 1
+    members: int = 4
     max_registers: int | None = None
     join: bool = True
     swap: bool = True
@@ -66,14 +66,14 @@ def mamba1_step(
     block_n = triton.next_power_of_2(N)
     piece = min(max(16 // ssm_state.element_size(), block_n // MOST_PIECES), block_n)
     rows = min(triton.next_power_of_2(P), max(1024 // block_n, 1))
-    grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), triton.cdiv(n, config.sequences))
+    grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), n)
     grid = grid[::-1] if config.swap else grid
     with torch.cuda.device_of(x):
         step_kernel[grid](
             conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
             *conv_state.stride(), *ssm_state.stride(), min(conv_state.shape[0], ssm_state.shape[0]),
             *z.stride()[:2], *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dt.stride()[:2],
-            n, G, H // G, P, N, width, config.groups, rows, piece, block_n // piece, config.sequences,
+            G, H // G, P, N, width, config.groups, rows, piece, block_n // piece, config.members,
             OWN_FILTERS=conv_weight.shape[0] == H * P, HAS_CONV_BIAS=conv_bias is not None,
             HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
             SILU=conv_activation == "silu", SOFTPLUS=dt_softplus, IS_INTERPRETED=IS_INTERPRETED,

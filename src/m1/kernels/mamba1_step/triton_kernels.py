@@ -1,9 +1,8 @@
 """The kernel of the Mamba-1 decoding step.
 
-A program serves some groups of some sequences, one sequence after the other, with all query-side heads that share a group's
-windows (its members). A lane has a channel of each member with all its states, in pieces of one 16-byte access, so that sums
-over states stay in the lane; the parameters, as large as a sequence's states, are read and taken to the exponential once
-for all sequences; and all states of a sequence are asked for before the first is waited for.
+A program serves some groups of one sequence with all query-side heads that share a group's windows (its members), MEMBERS of
+them at a time. A lane has a channel of each member with all its states, in pieces of one 16-byte access, so that sums over
+states stay in the lane; and the states of MEMBERS heads are asked for before the first is waited for.
 
 A tile may have fewer channels than the program has threads. Then several threads hold the same element: all of them load
 it, one of them stores it, and nothing orders the store of one after the load of another. So all that is stored was loaded
@@ -68,14 +67,14 @@ def _convolved(
 def step_kernel(
     conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
     conv_slot, conv_channel, conv_place, ssm_slot, ssm_head, ssm_row, ssm_n, num_slots,
-    z_row, z_head, x_row, x_head, b_row, b_head, c_row, c_head, dt_row, dt_head, num_sequences,
+    z_row, z_head, x_row, x_head, b_row, b_head, c_row, c_head, dt_row, dt_head,
     G, REPEAT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
-    GB: tl.constexpr, PB: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, SEQUENCES: tl.constexpr,
+    GB: tl.constexpr, PB: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, MEMBERS: tl.constexpr,
     OWN_FILTERS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, SILU: tl.constexpr, SOFTPLUS: tl.constexpr, IS_INTERPRETED: tl.constexpr,
     JOIN: tl.constexpr, SWAP: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of GB groups x blocks of PB rows, blocks of SEQUENCES); tiles [PB, GB], [PB, GB, PIECE], of which
+    """Grid (blocks of GB groups x blocks of PB rows, sequences); tiles [PB, GB], [PB, GB, PIECE], of which
     the last axis lies inside a thread.
 
     OWN_FILTERS: every head has its own filter (else one a group).
@@ -87,74 +86,76 @@ def step_kernel(
     n = tl.arange(0, PIECE)[None, None, :]
     source = group * P + row
     is_channel = (group < G) & (row < P)
-    rates, filters, offsets, skips = (), (), (), ()
-    for member in tl.static_range(REPEAT):
-        channel = (group * REPEAT + member) * P + row
-        logarithms = _pieces(A_log + (channel * N)[:, :, None], n, is_channel, N, PIECE, PIECES, 1)
-        rate = ()
-        for piece in tl.static_range(PIECES):
-            rate += (tl.exp2(logarithms[piece].to(tl.float32) * LOG2E) * -LOG2E,)
-        rates += (rate,)
-        if member == 0 or OWN_FILTERS:
-            filtered = channel if OWN_FILTERS else source
-            taps = ()
-            for w in tl.static_range(WIDTH):
-                taps += (_parameter(conv_weight, filtered * WIDTH + w, is_channel, True),)
-            taps += (_parameter(conv_bias, filtered, is_channel, HAS_CONV_BIAS),)
-            filters += (taps,)
-        offsets += (_parameter(dt_bias, channel, is_channel, HAS_BIAS),)
-        skips += (_parameter(D, channel, is_channel, HAS_D),)
-
-    wait_for_previous(IS_CHAINED)  # which makes rows and slots; the parameters were there before
-    first = tl.program_id(0 if SWAP else 1) * SEQUENCES
-    for index in range(SEQUENCES):
-        sequence = tl.zeros([1, 1], tl.int64) + first + index
-        slot = sequence
-        if HAS_SLOTS:
-            slot = tl.load(slots + sequence, mask=sequence < num_sequences, other=-1)
-        is_row = is_channel & (sequence < num_sequences)
-        exists = is_row & (slot >= 0) & (slot < num_slots)
-        window_at = conv_state + slot * conv_slot + source * conv_channel
-        group_at = ssm_state + (slot * ssm_slot + group * (REPEAT * ssm_head) + row * ssm_row)[:, :, None]
-        zero = row * 0  # what all channels of a group share, each lane reads for itself
-        x_new = tl.load(x + sequence * x_row + group * x_head + row, mask=exists, other=0.0)
-        past, states, reads, deltas, gates = (), (), (), (), ()
-        for w in tl.static_range(WIDTH - 1):
-            past += (tl.load(window_at + w * conv_place, mask=exists, other=0.0),)
-        for member in tl.static_range(REPEAT):
-            head = group * REPEAT + member
-            states += (_pieces(group_at + member * ssm_head, n, exists, N, PIECE, PIECES, ssm_n),)
-            reads += (_pieces(C + (sequence * c_row + head * c_head + zero)[:, :, None], n, exists, N, PIECE, PIECES, 1),)
-            deltas += (tl.load(dt + sequence * dt_row + head * dt_head + row, mask=exists, other=0.0).to(tl.float32),)
-            gates += (tl.load(z + sequence * z_row + head * z_head + row, mask=exists, other=0.0).to(tl.float32),)
-        writes = _pieces(B + (sequence * b_row + group * b_head + zero)[:, :, None], n, exists, N, PIECE, PIECES, 1)
-        tl.debug_barrier()
-        for member in tl.static_range(REPEAT):
-            if member == 0 or OWN_FILTERS:
-                x_t = _convolved(x_new, past, filters[member], WIDTH, SILU)
-            delta = deltas[member] + offsets[member]
-            if SOFTPLUS:
-                delta = softplus(delta)
-            out = skips[member] * x_t
-            stepped = ()
-            for piece in tl.static_range(PIECES):
-                decay = tl.exp2(delta[:, :, None] * rates[member][piece])
-                h = decay * widen(states[member][piece], IS_INTERPRETED)
-                h += (delta * x_t)[:, :, None] * widen(writes[piece], IS_INTERPRETED)
-                out += tl.sum(h * widen(reads[member][piece], IS_INTERPRETED), axis=2)
-                stepped += (h.to(ssm_state.dtype.element_ty),)
-            if JOIN:
-                place = tl.arange(0, PIECE * PIECES)[None, None, :]
-                at = group_at + member * ssm_head + place * ssm_n
-                tl.store(at, _joined(stepped, 0, PIECES), mask=exists[:, :, None] & (place < N))
-            else:
+    for start in tl.static_range(0, REPEAT, MEMBERS):
+        rates, filters, offsets, skips = (), (), (), ()
+        for member in tl.static_range(start, start + MEMBERS):
+            if member < REPEAT:
+                channel = (group * REPEAT + member) * P + row
+                logarithms = _pieces(A_log + (channel * N)[:, :, None], n, is_channel, N, PIECE, PIECES, 1)
+                rate = ()
                 for piece in tl.static_range(PIECES):
-                    place = n + piece * PIECE
+                    rate += (tl.exp2(logarithms[piece].to(tl.float32) * LOG2E) * -LOG2E,)
+                rates += (rate,)
+                if member == 0 or OWN_FILTERS:
+                    filtered = channel if OWN_FILTERS else source
+                    taps = ()
+                    for w in tl.static_range(WIDTH):
+                        taps += (_parameter(conv_weight, filtered * WIDTH + w, is_channel, True),)
+                    taps += (_parameter(conv_bias, filtered, is_channel, HAS_CONV_BIAS),)
+                    filters += (taps,)
+                offsets += (_parameter(dt_bias, channel, is_channel, HAS_BIAS),)
+                skips += (_parameter(D, channel, is_channel, HAS_D),)
+        if start == 0:
+            wait_for_previous(IS_CHAINED)  # which makes rows and slots; the parameters were there before
+            sequence = tl.zeros([1, 1], tl.int64) + tl.program_id(0 if SWAP else 1)
+            slot = sequence
+            if HAS_SLOTS:
+                slot = tl.load(slots + sequence)
+            exists = is_channel & (slot >= 0) & (slot < num_slots)
+            window_at = conv_state + slot * conv_slot + source * conv_channel
+            group_at = ssm_state + (slot * ssm_slot + group * (REPEAT * ssm_head) + row * ssm_row)[:, :, None]
+            zero = row * 0  # what all channels of a group share, each lane reads for itself
+            x_new = tl.load(x + sequence * x_row + group * x_head + row, mask=exists, other=0.0)
+            past = ()
+            for w in tl.static_range(WIDTH - 1):
+                past += (tl.load(window_at + w * conv_place, mask=exists, other=0.0),)
+            writes = _pieces(B + (sequence * b_row + group * b_head + zero)[:, :, None], n, exists, N, PIECE, PIECES, 1)
+        states, reads, deltas, gates = (), (), (), ()
+        for member in tl.static_range(start, start + MEMBERS):
+            if member < REPEAT:
+                head = group * REPEAT + member
+                states += (_pieces(group_at + member * ssm_head, n, exists, N, PIECE, PIECES, ssm_n),)
+                reads += (_pieces(C + (sequence * c_row + head * c_head + zero)[:, :, None], n, exists, N, PIECE, PIECES, 1),)
+                deltas += (tl.load(dt + sequence * dt_row + head * dt_head + row, mask=exists, other=0.0).to(tl.float32),)
+                gates += (tl.load(z + sequence * z_row + head * z_head + row, mask=exists, other=0.0).to(tl.float32),)
+        tl.debug_barrier()
+        for member in tl.static_range(start, start + MEMBERS):
+            if member < REPEAT:
+                if member == 0 or OWN_FILTERS:
+                    x_t = _convolved(x_new, past, filters[member - start], WIDTH, SILU)
+                delta = deltas[member - start] + offsets[member - start]
+                if SOFTPLUS:
+                    delta = softplus(delta)
+                out = skips[member - start] * x_t
+                stepped = ()
+                for piece in tl.static_range(PIECES):
+                    decay = tl.exp2(delta[:, :, None] * rates[member - start][piece])
+                    h = decay * widen(states[member - start][piece], IS_INTERPRETED)
+                    h += (delta * x_t)[:, :, None] * widen(writes[piece], IS_INTERPRETED)
+                    out += tl.sum(h * widen(reads[member - start][piece], IS_INTERPRETED), axis=2)
+                    stepped += (h.to(ssm_state.dtype.element_ty),)
+                if JOIN:
+                    place = tl.arange(0, PIECE * PIECES)[None, None, :]
                     at = group_at + member * ssm_head + place * ssm_n
-                    tl.store(at, stepped[piece], mask=exists[:, :, None] & (place < N))
-            out = tl.where(exists, out * gates[member] * sigmoid(gates[member]), 0.0)
-            channel = (group * REPEAT + member) * P + row
-            tl.store(y + sequence * (G * REPEAT * P) + channel, out.to(y.dtype.element_ty), mask=is_row)
-        for w in tl.static_range(WIDTH - 1):
-            newest = x_new if w == WIDTH - 2 else past[w + 1]
-            tl.store(window_at + w * conv_place, newest.to(conv_state.dtype.element_ty), mask=exists)
+                    tl.store(at, _joined(stepped, 0, PIECES), mask=exists[:, :, None] & (place < N))
+                else:
+                    for piece in tl.static_range(PIECES):
+                        place = n + piece * PIECE
+                        at = group_at + member * ssm_head + place * ssm_n
+                        tl.store(at, stepped[piece], mask=exists[:, :, None] & (place < N))
+                out = tl.where(exists, out * gates[member - start] * sigmoid(gates[member - start]), 0.0)
+                channel = (group * REPEAT + member) * P + row
+                tl.store(y + sequence * (G * REPEAT * P) + channel, out.to(y.dtype.element_ty), mask=is_channel)
+    for w in tl.static_range(WIDTH - 1):
+        newest = x_new if w == WIDTH - 2 else past[w + 1]
+        tl.store(window_at + w * conv_place, newest.to(conv_state.dtype.element_ty), mask=exists)
