@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from m1.conversion import gguf
 from m1.conversion.convert import import_base, load_base
+from m1.conversion.gguf_reader import read_gguf
 from tests.conversion.tiny import CHAT_TEMPLATE, NUM_UNUSED, SPECIAL, tiny_base, vocabulary, write_gguf
 from tests.numerics import DENSE_EQUALS_ORIGINAL
 
@@ -146,6 +148,38 @@ def test_unknown_tensors_and_architectures_are_named(tmp_path: Path) -> None:
         load_base(write_gguf(tmp_path / "model.gguf", tiny_base(), extra=extra))
     with pytest.raises(ValueError, match="mistral"):
         load_base(write_gguf(tmp_path / "other.gguf", tiny_base("mistral")))
+
+
+def test_a_file_is_read_as_its_own_package_reads_it(tmp_path: Path) -> None:
+    path, generator = tmp_path / "all.gguf", np.random.default_rng(0)
+    writer = GGUFWriter(path, "llama")
+    for name in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{name}")(f"m1.{name}", 100 if name.startswith("u") else -100)
+    writer.add_float32("m1.float32", 0.1)
+    writer.add_float64("m1.float64", 0.1)
+    writer.add_bool("m1.bool", True)
+    writer.add_string("m1.string", "ä\u2028\U0001f600")
+    writer.add_array("m1.strings", ["", "a", "ß"])
+    writer.add_array("m1.integers", [1, -2])
+    writer.add_array("m1.numbers", [0.5, 1.5])
+    writer.add_custom_alignment(64)
+    for name, kind in {"a": "Q8_0", "b": "Q5_0", "c": "Q4_1", "d": "F16", "e": "BF16"}.items():
+        rows = generator.standard_normal((3, 64), dtype=np.float32)
+        writer.add_tensor(name, quantize(rows, GGMLQuantizationType[kind]), raw_dtype=GGMLQuantizationType[kind])
+    writer.add_tensor("f", generator.standard_normal(5, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata, tensors = read_gguf(path)
+    theirs = GGUFReader(path)
+    assert metadata == {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert list(tensors) == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        mine = tensors[tensor.name]
+        assert mine.shape == tuple(map(int, reversed(tensor.shape))) and mine.n_bytes == tensor.n_bytes
+        ours, expected = (dequantize(one.data, one.tensor_type) for one in (mine, tensor))
+        assert ours.dtype == expected.dtype == np.float32 and np.array_equal(ours, expected)
 
 
 def test_damaged_files_are_refused(gguf_file: Path, tmp_path: Path) -> None:

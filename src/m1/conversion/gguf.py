@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import dequantize
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from m1.conversion.gguf_reader import StoredTensor, read_gguf
 from m1.conversion.gguf_tokenizer import build_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -49,10 +50,10 @@ class GgufFile:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Any]
+    tensors: dict[str, StoredTensor]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as fp32, in torch's shape (GGUF lists dimensions the other way round)."""
+        """A tensor as fp32."""
         stored = self.tensors[name]
         return torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32))
 
@@ -81,8 +82,7 @@ def open_gguf(path: str | Path) -> GgufFile:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file (its first bytes are not 'GGUF')")
     try:
-        reader = GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        metadata, tensors = read_gguf(path)
     except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"{path}: damaged or cut off GGUF file ({error}); fetch it again") from error
     if metadata.get("split.count", 1) > 1:
@@ -90,7 +90,7 @@ def open_gguf(path: str | Path) -> GgufFile:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported; M1 reads {', '.join(ARCHITECTURES)}")
-    return GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+    return GgufFile(path, metadata, tensors)
 
 
 def read_config(file: GgufFile) -> PreTrainedConfig:
@@ -111,7 +111,7 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
         if get(key, expected) != expected:
             raise ValueError(f"{file.path}: {family}.{key} {get(key)} differs from the head size {head_dim}: not supported")
     fields = {
-        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": need("embedding_length"),
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
