@@ -49,6 +49,16 @@ def test_other_tools_read_what_is_compressed(tmp_path):
     assert gzip.decompress(path.read_bytes()) == plain.read_bytes()
 
 
+def test_a_file_compressed_as_one_is_read_and_appended_to(tmp_path):
+    write(tmp_path / "records.jsonl.gz", RECORDS[:3])
+    whole = gzip.decompress((tmp_path / "records.jsonl.gz").read_bytes())
+    path = tmp_path / "one.jsonl.gz"
+    path.write_bytes(gzip.compress(whole))
+    assert read_records(path) == (RUN, RECORDS[:3])
+    write(path, RECORDS)
+    assert read_records(path) == (RUN, RECORDS)
+
+
 def test_texts_are_not_kept_in_memory(tmp_path):
     path = tmp_path / "records.jsonl.gz"
     with open_records(path, RUN) as file:

@@ -1,7 +1,8 @@
 """The file of an evaluation's records: one JSON line about the run, then one a problem; compressed, appendable, never torn.
 
 A name that ends in .gz is compressed: each line is a gzip member of its own, so that a line can be appended and made durable
-without rewriting what stands, and `zcat` reads the whole. What a record holds is the runner's business.
+without rewriting what stands, and `zcat` reads the whole. A file that was compressed anew as one member, to be kept, is read as
+well. What a record holds is the runner's business.
 """
 
 import fcntl
@@ -107,10 +108,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, int | None]]:
     content = memoryview(path.read_bytes())
     end = 0
     while end < len(content):
-        line, next_end = _inflate(path, content, end) if path.suffix == ".gz" else _split(content, end)
-        yield line, next_end
+        text, next_end = _inflate(path, content, end) if path.suffix == ".gz" else _split(content, end)
         if next_end is None:
+            yield text, None
             return
+        for line in text.splitlines():  # of a member that is whole, all lines are
+            yield line, next_end
         end = next_end
 
 
