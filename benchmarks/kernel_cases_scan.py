@@ -228,7 +228,7 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
         ScanCase(
             f"causal_conv1d {label}", forward_bytes, forward, reference_forward,
             exponentials=2 * tokens * channels,
-            fields={**fields, "steps": [4, 8, 16], "channels": [1, 2, 4, 8], "members": [1, 8]}, **shared,
+            fields={**fields, "steps": [4, 8, 16]}, **shared,
         ),
         ScanCase(
             f"causal_conv1d backward {label}", 2 * tokens * (2 * sources + channels), both, reference_both,
@@ -311,7 +311,7 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             reference_step,
             exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
             fields={
-                "groups": [1, 2, 4, 8], "num_warps": warps, "members": [1, 2, 4, 8], "max_registers": [None, 96, 128, 168],
+                "groups": [1, 2, 4, 8], "num_warps": warps, "max_registers": [None, 64, 96, 128],
             },
         ),
     ]  # fmt: skip

@@ -153,7 +153,7 @@ def test_step_continues_convolution(device: str) -> None:
 def test_at_length(lengths: list[int], channels: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(sum(lengths), len(lengths), channels, 4, dtype, "cuda")
     check(inputs, lengths, "silu", None)
-    check(inputs, lengths, "silu", kernel.ConvConfig(128, 4, 2, 4, 1, 8, 2, 4))
+    check(inputs, lengths, "silu", kernel.ConvConfig(128, 4, 2, 8, 2, 4))
 
 
 @pytest.mark.gpu

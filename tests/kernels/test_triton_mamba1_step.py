@@ -60,7 +60,7 @@ def test_against_the_separate_ops(
     dims: tuple[int, int, int, int], is_repeated_first: bool, dtype: torch.dtype, device: str
 ) -> None:
     slots = torch.tensor([3, 0, 4], device=device)
-    check(make_inputs(3, dims, 4, is_repeated_first, dtype, device), slots, kernel.StepConfig(2, 4, 2))
+    check(make_inputs(3, dims, 4, is_repeated_first, dtype, device), slots, kernel.StepConfig(2, 4))
     check(make_inputs(3, dims, 2, is_repeated_first, dtype, device), None)
 
 
@@ -118,7 +118,7 @@ def test_public_op_checks_its_arguments() -> None:
 def test_at_model_sizes(dims: tuple[int, int, int, int], is_repeated_first: bool, dtype: torch.dtype) -> None:
     slots = torch.randperm(35, device="cuda")[:33]
     # from programs with fewer elements than threads, so that several threads hold the same one, to several each
-    for config in (None, kernel.StepConfig(1, 1), kernel.StepConfig(1, 8), kernel.StepConfig(4, 4, 2, 96)):
+    for config in (None, kernel.StepConfig(1, 1), kernel.StepConfig(1, 8), kernel.StepConfig(4, 4, 96)):
         check(make_inputs(33, dims, 4, is_repeated_first, dtype, "cuda"), slots, config)
 
 

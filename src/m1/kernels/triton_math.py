@@ -64,6 +64,25 @@ def softplus_and_slope(v):
 
 
 @triton.jit
+def row_of(tile, step, k):
+    """Row k of an fp32 tile."""
+    return tl.sum(tl.where(step == k, tile.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def delay_rows(tile, before, step, BY: tl.constexpr, STEPS: tl.constexpr):
+    """Row k is row k - BY of the tile, or of the tile `before` it."""
+    moved = tile
+    if BY > 0:
+        tile_bits, before_bits = tile.to(tl.int32, bitcast=True), before.to(tl.int32, bitcast=True)
+        for k in tl.static_range(STEPS):
+            source = tile_bits if k >= BY else before_bits
+            row = tl.sum(tl.where(step == (k - BY) % STEPS, source, 0), axis=0).to(tl.float32, bitcast=True)
+            moved = tl.where(step == k, tl.expand_dims(row, 0), moved)
+    return moved
+
+
+@triton.jit
 def scan_rows(decay, write, state, step, STEPS: tl.constexpr, AXIS: tl.constexpr = 0):
     """h_k = decay_k · h_{k-1} + write_k: all h_k, and the last."""
     decay_bits = decay.to(tl.int32, bitcast=True)

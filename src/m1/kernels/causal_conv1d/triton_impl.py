@@ -17,7 +17,6 @@ from torch import Tensor
 from m1.kernels.causal_conv1d.triton_kernels import conv_backward_kernel, conv_kernel, conv_update_kernel
 from m1.kernels.chunk_table import cut_documents, document_bounds
 from m1.kernels.launch import with_unit_stride
-from m1.kernels.partial_sums import sum_partials
 from m1.kernels.strides import stride_unit
 
 MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: what its registers hold
@@ -26,34 +25,28 @@ MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: wh
 class ConvConfig(NamedTuple):
     """Launch sizes; the sweep tries several.
 
-    chunk: tokens a program; of the forward and of the backward: tokens at a time (the backward's divide chunk), warps,
-    channels a lane (None: 2, or 1 where a program of the backward serves many filters), and, of the forward, the most heads of
-    filters that a program serves.
+    chunk: tokens a program; steps, num_warps: of the forward, a tile's tokens and warps of 256 channels; backward_steps,
+    which divides chunk, backward_warps and backward_channels: of the backward, the last a thread's, None for 2, or 1 where
+    a thread serves many filters.
     """
 
     chunk: int = 64
     steps: int = 8
     num_warps: int = 1
-    channels: int = 2
-    members: int = 4
     backward_steps: int = 8
     backward_warps: int = 1
     backward_channels: int | None = None
 
-    def forward_sizes(self, width: int, repeat: int) -> dict[str, int]:
-        block = 32 * self.num_warps * self.channels
-        return {"WIDTH": width, "STEPS": self.steps, "BLOCK": block, "MEMBERS": _largest_divisor(repeat, self.members)}
+    def forward_sizes(self, width: int) -> dict[str, int]:
+        taps = triton.next_power_of_2(width)
+        return {"WIDTH": width, "TAPS": taps, "STEPS": max(self.steps, taps), "BLOCK": 256 * self.num_warps}
 
     def backward_sizes(self, width: int, repeat: int) -> dict[str, int]:
-        members = _largest_divisor(repeat, MOST_MEMBERS)
+        members = max(number for number in range(1, MOST_MEMBERS + 1) if repeat % number == 0)
         channels = self.backward_channels or (2 if members <= 4 else 1)
         steps = max(self.backward_steps, triton.next_power_of_2(width - 1))
         assert self.chunk % steps == 0
         return {"WIDTH": width, "STEPS": steps, "BLOCK": 32 * self.backward_warps * channels, "MEMBERS": members}
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
 def _repetition(num_channels: int, num_sources: int, head_width: int | None) -> dict[str, int]:
@@ -107,9 +100,8 @@ class _CausalConv1d(torch.autograd.Function):
         final_state = None
         if output_final_state:
             final_state = torch.empty(chunks.num_sequences, num_sources, width - 1, dtype=x.dtype, device=x.device)
-        sizes, unit = config.forward_sizes(width, D // num_sources), stride_unit([x.stride(0)])
-        passes = repetition["REPEAT"] // sizes["MEMBERS"]
-        conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * passes, chunks.num_chunks)](
+        sizes, unit = config.forward_sizes(width), stride_unit([x.stride(0)])
+        conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * repetition["REPEAT"], chunks.num_chunks)](
             x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0) // unit, num_sources,
             **sizes, **repetition, UNIT=unit, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
             HAS_FINAL=output_final_state, SILU=silu, num_warps=config.num_warps,
@@ -136,7 +128,7 @@ class _CausalConv1d(torch.autograd.Function):
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=d_final is not None,
             SILU=ctx.silu, num_warps=ctx.config.backward_warps,
         )  # fmt: skip
-        total = sum_partials(d_filter)  # [W+1, D]
+        total = d_filter.sum(0)  # [W+1, D]
         d_bias = None if bias is None else total[width].to(bias.dtype)
         return dx, total[:width].t().to(weight.dtype), d_bias, d_initial, None, None, None, None, None
 

@@ -1,12 +1,12 @@
 """The kernels of the causal convolution: forward, backward, and the single-token step.
 
-A program walks a chunk of one document, some tokens at a time. A lane has a few channels, side by side, and all tokens of
-them; a row of x is a block of channels, and the rows that a sum needs are a tuple of them. So every element is read from
-memory once.
+A program walks a chunk of one document. Forwards in tiles [STEPS tokens, BLOCK channels]: BLOCK is at least 256 channels a
+warp, so a thread holds all tokens of its channels, taps are registers of this tile or of its neighbour
+(triton_math.delay_rows), and every element is read from memory once, in 16-byte accesses. The backward has a few channels a
+lane, whose rows are tuples of registers.
 
 Where x has fewer channels than the filter, each head of HEAD channels of x serves REPEAT successive heads of filters (its
-members): x is repeated by indexing, and a program serves MEMBERS of them with the rows that it has read. Blocks are of x's
-channels (`source`); `channel` is the filter's.
+members): x is repeated by indexing. Blocks are of x's channels (`source`); `channel` is the filter's.
 """
 
 # mypy: disable-error-code="assignment"
@@ -15,7 +15,7 @@ channels (`source`); `channel` is the filter's.
 import triton
 import triton.language as tl
 
-from m1.kernels.triton_math import sigmoid
+from m1.kernels.triton_math import delay_rows, row_of, sigmoid
 
 
 @triton.jit
@@ -25,6 +25,93 @@ def _filter_channel(source, member, REPEAT: tl.constexpr, HEAD: tl.constexpr):
         return source
     else:
         return source // HEAD * (HEAD * REPEAT) + member * HEAD + source % HEAD
+
+
+@triton.jit
+def _inputs(
+    x, initial_state, token, start, stop, document, source, exists, x_token, num_sources,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """x at the given tokens [STEPS, 1] of a document [start, stop), as fp32; before it, its initial state or zeros."""
+    inside = exists & (token >= start) & (token < stop)
+    values = tl.load(x + token.to(tl.int64) * (x_token * UNIT) + source, mask=inside, other=0.0).to(tl.float32)
+    if HAS_INITIAL:
+        place = token - start + (WIDTH - 1)
+        state = initial_state + (document.to(tl.int64) * num_sources + source) * (WIDTH - 1) + place
+        values += tl.load(state, mask=exists & (token < start) & (place >= 0), other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _filter(values, before, taps, tap, bias, step, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """bias + Σ_w taps_w · x_{t-(WIDTH-1)+w}, [STEPS, BLOCK]."""
+    out = tl.zeros_like(values) + bias
+    for w in tl.static_range(WIDTH):
+        out += row_of(taps, tap, w) * delay_rows(values, before, step, WIDTH - 1 - w, STEPS)
+    return out
+
+
+@triton.jit
+def _filter_parameters(
+    weight, bias, channel, exists, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """The taps [TAPS, BLOCK], their index [TAPS, 1] and the bias [1, BLOCK]."""
+    tap = tl.arange(0, TAPS)[:, None]
+    taps = tl.load(weight + channel * WIDTH + tap, mask=exists & (tap < WIDTH), other=0.0).to(tl.float32)
+    offset = tl.zeros([1, BLOCK], tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+    return taps, tap, offset
+
+
+@triton.jit
+def conv_kernel(
+    x, weight, bias, initial_state, y, final_state, chunks, bounds, x_token, num_sources,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    REPEAT: tl.constexpr, HEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of x's channels x members, chunks); members side by side, so that the L2 cache has their x."""
+    chunk = tl.program_id(1)
+    first = tl.load(chunks + chunk * 4)
+    end = tl.load(chunks + chunk * 4 + 1)
+    if first >= end:
+        return
+    document = tl.load(chunks + chunk * 4 + 2)
+    start = tl.load(bounds + document)
+    member = tl.zeros([1, 1], tl.int32) + tl.program_id(0) % REPEAT
+    source = (tl.program_id(0) // REPEAT * BLOCK + tl.arange(0, BLOCK))[None, :]
+    exists = source < num_sources
+    channel = _filter_channel(source, member, REPEAT, HEAD)
+    step = tl.arange(0, STEPS)[:, None]
+    taps, tap, offset = _filter_parameters(weight, bias, channel, exists, WIDTH, TAPS, BLOCK, HAS_BIAS)
+    window_start = tl.load(bounds + document + 1) - (WIDTH - 1)  # of the final state
+    window = final_state
+    if HAS_FINAL:
+        window = final_state + (document.to(tl.int64) * num_sources + source) * (WIDTH - 1) - window_start
+
+    token = first - STEPS + step
+    before = _inputs(
+        x, initial_state, token, start, end, document, source, exists, x_token, num_sources, WIDTH, UNIT, HAS_INITIAL
+    )
+    if HAS_FINAL:
+        in_window = exists & (token >= window_start) & (token < start) & (member == 0)
+        tl.store(window + token, before.to(final_state.dtype.element_ty), mask=in_window)
+    for tile in range(first, end, STEPS):
+        token = tile + step
+        values = _inputs(
+            x, initial_state, token, start, end, document, source, exists, x_token, num_sources, WIDTH, UNIT, False
+        )
+        out = _filter(values, before, taps, tap, offset, step, WIDTH, STEPS)
+        if SILU:
+            out *= sigmoid(out)
+        inside = exists & (token < end)
+        y_at = y + token.to(tl.int64) * (num_sources * REPEAT) + channel
+        tl.store(y_at, out.to(y.dtype.element_ty), mask=inside)
+        if HAS_FINAL:
+            in_window = inside & (token >= window_start) & (member == 0)
+            tl.store(window + token, values.to(final_state.dtype.element_ty), mask=in_window)
+        before = values
 
 
 @triton.jit
@@ -50,97 +137,15 @@ def _filter_of(weight, bias, channel, exists, BLOCK: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
-def _rows_before(
-    x, x_stride, initial_state, first, start, stop, state_at, source, exists,
-    HALO: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr,
-):  # fmt: skip
-    """The HALO inputs before token `first` of a document: before its start, its initial state or zeros."""
-    found = ()
-    for k in tl.static_range(HALO):
-        token = tl.zeros([1], tl.int32) + first - HALO + k
-        row = _row(x, x_stride, token, source, start, stop, exists)
-        if HAS_INITIAL:
-            in_state = exists & (token < start) & (token >= start - HALO)
-            row += tl.load(initial_state + state_at + token, mask=in_state, other=0.0).to(tl.float32)
-        found += (row,)
-    return found
-
-
-@triton.jit
-def _sum_of(inputs, taps, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """bias + Σ_w taps_w · inputs_{FIRST+w}."""
-    total = taps[WIDTH]
-    for w in tl.static_range(WIDTH):
-        total += taps[w] * inputs[FIRST + w]
-    return total
-
-
-@triton.jit
-def conv_kernel(
-    x, weight, bias, initial_state, y, final_state, chunks, bounds, x_token, num_sources,
-    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
-    REPEAT: tl.constexpr, MEMBERS: tl.constexpr, HEAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of x's channels x REPEAT / MEMBERS, chunks), programs of one block side by side."""
-    HALO: tl.constexpr = WIDTH - 1
-    PASSES: tl.constexpr = REPEAT // MEMBERS
-    chunk = tl.program_id(1)
-    first = tl.load(chunks + chunk * 4)
-    end = tl.load(chunks + chunk * 4 + 1)
-    if first >= end:
-        return
-    document = tl.load(chunks + chunk * 4 + 2)
-    start = tl.load(bounds + document)
-    stop = tl.load(bounds + document + 1)
-    source = tl.program_id(0) // PASSES * BLOCK + tl.arange(0, BLOCK)
-    base = tl.program_id(0) % PASSES * MEMBERS
-    exists = source < num_sources
-    in_place = exists & ((source * 0 + base) == 0)  # one of the programs of a block writes the final state
-    state_at = (document.to(tl.int64) * num_sources + source) * HALO + HALO
-    before = _rows_before(
-        x, x_token * UNIT, initial_state, first, start, stop, state_at - start, source, exists, HALO, BLOCK, HAS_INITIAL
-    )
-    channels, taps = (), ()
-    for member in tl.static_range(MEMBERS):
-        channel = _filter_channel(source, base + member, REPEAT, HEAD)
-        parameters, _ = _filter_of(weight, bias, channel, exists, BLOCK, WIDTH, HAS_BIAS)
-        channels += (channel,)
-        taps += (parameters,)
-    if HAS_FINAL:
-        for k in tl.static_range(HALO):  # of a document shorter than its window
-            token = tl.zeros([1], tl.int32) + first - HALO + k
-            here = in_place & (token >= stop - HALO) & (token < start)
-            tl.store(final_state + state_at - stop + token, before[k].to(final_state.dtype.element_ty), mask=here)
-    for place in range(first, end, STEPS):
-        tile = tl.zeros([1], tl.int32) + place
-        inputs = before
-        for k in tl.static_range(STEPS):
-            inputs += (_row(x, x_token * UNIT, tile + k, source, first, end, exists),)
-        for member in tl.static_range(MEMBERS):
-            for k in tl.static_range(STEPS):
-                out = _sum_of(inputs, taps[member], k, WIDTH)
-                if SILU:
-                    out *= sigmoid(out)
-                at = y + (tile + k).to(tl.int64) * (num_sources * REPEAT) + channels[member]
-                tl.store(at, out.to(y.dtype.element_ty), mask=exists & (tile + k < end))
-        if HAS_FINAL:
-            for k in tl.static_range(STEPS):
-                token = tile + k
-                here = in_place & (token >= stop - HALO) & (token < end)
-                row = inputs[HALO + k].to(final_state.dtype.element_ty)
-                tl.store(final_state + state_at - stop + token, row, mask=here)
-        before = inputs[STEPS:]
-
-
-@triton.jit
 def _gradients_of_sums(gradients, inputs, taps, WIDTH: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr):
     """The gradients of STEPS sums of a filter from those of their activations; `inputs` begin WIDTH - 1 rows earlier."""
     found = ()
     for k in tl.static_range(STEPS):
         gradient = gradients[k]
         if SILU:
-            pre = _sum_of(inputs, taps, k, WIDTH)
+            pre = taps[WIDTH]
+            for w in tl.static_range(WIDTH):
+                pre += taps[w] * inputs[k + w]
             weight_of_pre = sigmoid(pre)
             gradient *= weight_of_pre + weight_of_pre * (pre - pre * weight_of_pre)
         found += (gradient,)
@@ -229,10 +234,14 @@ def conv_backward_kernel(
     zero = tl.zeros([1], tl.int32)
     for base in range(0, REPEAT, MEMBERS):
         is_more = (source * 0 + base) > 0
-        channels, taps, d_taps, after = (), (), (), ()
-        before = _rows_before(
-            x, x_token * UNIT, initial_state, first, start, stop, state_at, source, exists, HALO, BLOCK, HAS_INITIAL
-        )
+        before, channels, taps, d_taps, after = (), (), (), (), ()
+        for k in tl.static_range(HALO):
+            token = first + zero - HALO + k
+            row = _row(x, x_token * UNIT, token, source, start, stop, exists)
+            if HAS_INITIAL:
+                in_state = exists & (token < start) & (token >= start - HALO)
+                row += tl.load(initial_state + state_at + token, mask=in_state, other=0.0).to(tl.float32)
+            before += (row,)
         for member in tl.static_range(MEMBERS):
             channel = _filter_channel(source, base + member, REPEAT, HEAD)
             parameters, zeros = _filter_of(weight, bias, channel, exists, BLOCK, WIDTH, HAS_BIAS)
