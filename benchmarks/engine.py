@@ -217,6 +217,7 @@ def submit_all(engine: Engine, case: Case, divisor: int = 1) -> int:
 def warm_up(engine: Engine, case: Case) -> None:
     """The case in small: every size of batch that filling and draining the engine meets, every width of block tables."""
     start = time.perf_counter()
+    engine.warm_up()
     submit_all(engine, case, divisor=8 if case.tokens is None else max(1, case.tokens // 24))
     while engine.has_work:
         engine.step()

@@ -89,9 +89,40 @@ def test_a_size_that_is_passed_by_runs_in_a_larger_graph():
     assert graphs.choose(90, 30, 0) == Key(96, 100, 0)
     assert graphs.choose(100, 30, 0) == Key(128, 64, 0)
     assert graphs.choose(20, 16, 0) == Key(32, 16, 0)  # 96 are too many
+    assert graphs.choose(200, 16, 0) == Key(256, 16, 0)  # rather than 224
+    assert graphs.choose(580, 16, 0) == Key(600, 16, 0)  # the largest
     assert graphs.choose(400, 16, 20) == Key(512, 16, 20)
     assert graphs.choose(120, 16, 20) == Key(128, 16, 20)
     assert [graphs.choose(70, 16, 0) for _ in range(PATIENCE)] == [Key(96, 100, 0)] * (PATIENCE - 1) + [Key(96, 16, 0)]
+
+
+def test_an_engine_that_has_filled_and_drained_meets_no_new_sizes():
+    graphs = DecodeGraphs(1000, 100, 1000, torch.device("cpu"))
+    way = [*range(31, 1000, 31), *range(1000, 0, -16)]
+    for count in way:
+        graphs._captured.setdefault(graphs.choose(count, 3, 0), (None, ()))
+    assert sorted(key.size for key in graphs._captured) == [8, 32, 64, 128, 256, 512, 1000]
+    assert all(graphs.choose(count + 5, 3, 0) in graphs._captured for count in way if 10 < count < 990)
+
+
+def test_all_powers_of_two_can_be_captured_ahead(monkeypatch):
+    graphs = DecodeGraphs(100, 40, 100, torch.device("cpu"))
+    monkeypatch.setattr(graphs, "_capture", lambda decode, key: (key, ()))
+    graphs.capture_ahead(lambda *arguments: ())
+    assert sorted(graphs._captured) == [Key(size, width, 0) for size in (1, 2, 4, 8, 16, 32, 64, 100) for width in (16, 40)]
+    assert all(graphs.choose(count, width, 0) in graphs._captured for count in range(1, 101) for width in (1, 16, 40))
+
+
+@pytest.mark.gpu
+def test_nothing_is_captured_after_a_warm_up():
+    engine = tiny_engine(tiny_model().to("cuda"), max_num_seqs=5)
+    engine.warm_up()
+    num_captured = engine.runner._graphs.num_captured
+    prompts, params = random_prompts((1, 5, 9, 17, 22, 30, 3)), SamplingParams(temperature=0, max_tokens=10)
+    found = engine.generate(prompts, params)
+    assert engine.runner._graphs.num_captured == num_captured > 3
+    expected = tiny_engine(tiny_model()).generate(prompts, params)
+    assert [c.token_ids for (c,) in found] == [c.token_ids for (c,) in expected]
 
 
 @pytest.mark.gpu

@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 # Steps that are launched before the tokens of one are read. A sequence that ends is computed for so many steps too long.
 STEPS_AHEAD = {"cpu": 0, "cuda": 2}
-# Steps between admissions to an engine that is at least half full. A prefill is launched kernel by kernel, which takes the host
+# Steps between admissions to an engine that is nearly full. A prefill is launched kernel by kernel, which takes the host
 # as long as the GPU takes for some steps: so many more are launched unread by then, or the GPU would wait.
-ADMISSION_INTERVAL = {"cpu": 1, "cuda": 16}
-ADMISSION_LEAD = {"cpu": 0, "cuda": 8}
+ADMISSION_INTERVAL = {"cpu": 1, "cuda": 32}
+ADMISSION_LEAD = {"cpu": 0, "cuda": 16}
 
 
 class EngineCore:

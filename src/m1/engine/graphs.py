@@ -67,29 +67,43 @@ class DecodeGraphs:
     def choose(self, count: int, width: int, num_top: int) -> Key:
         """The graph for `count` rows and tables of `width` pages.
 
-        A capture costs as much as some twenty steps, so a size that is only passed by, when the engine fills or drains, is not
-        worth one: its steps run in a graph that is not more than twice too large, if there is one.
+        A capture costs as much as some forty steps, so a size that is only passed by, when the engine fills or drains, is not
+        worth one: its steps run in a graph that is not more than twice too large. Where there is none, the next power of two
+        gets one: whoever has once filled and drained an engine meets no new ones.
         """
         key = Key(next_of(self.sizes, count), next_of(self.widths, width), num_top)
         if key in self._captured:
             return key
-        larger = [k for k in self._captured if count <= k.size <= 2 * key.size and k.width >= width and k.num_top == num_top]
         self._num_missed[key] += 1
-        return min(larger) if larger and self._num_missed[key] <= PATIENCE else key
+        if self._num_missed[key] > PATIENCE:
+            return key
+        larger = [k for k in self._captured if count <= k.size <= 2 * key.size and k.width >= width and k.num_top == num_top]
+        power_of_two = min(1 << (count - 1).bit_length(), self.sizes[-1])
+        return min(larger, default=key._replace(size=power_of_two))
 
     def run(self, decode: Decode, key: Key, slots: Tensor) -> tuple[Tensor, ...]:
         """What decode(slots, key.width, key.num_top) returns, from its graph; overwritten by the next run.
 
         slots: [key.size] int64, padded.
         """
-        if key not in self._captured:
-            start = time.perf_counter()
-            self._captured[key] = self._capture(decode, key)
-            self.capture_seconds += time.perf_counter() - start
+        self._ensure(decode, key)
         graph, outputs = self._captured[key]
         self._slots[: key.size].copy_(slots)
         graph.replay()
         return outputs
+
+    def capture_ahead(self, decode: Decode) -> None:
+        """Capture what any steps can run in: the powers of two and the largest size, at every width."""
+        powers = [1 << exponent for exponent in range(self.sizes[-1].bit_length()) if 1 << exponent < self.sizes[-1]]
+        for size in (self.sizes[-1], *reversed(powers)):  # the largest first: the others fit into its memory
+            for width in self.widths:
+                self._ensure(decode, Key(size, width, 0))
+
+    def _ensure(self, decode: Decode, key: Key) -> None:
+        if key not in self._captured:
+            start = time.perf_counter()
+            self._captured[key] = self._capture(decode, key)
+            self.capture_seconds += time.perf_counter() - start
 
     def _capture(self, decode: Decode, key: Key) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         if self._place is None:

@@ -234,6 +234,16 @@ class Engine:
             self._seconds += time.perf_counter() - start
             return ended
 
+    def warm_up(self) -> None:
+        """Compile and capture on a GPU what decode steps of any size need, which otherwise happens when a size is first met.
+
+        Takes about a tenth of a second for each power of two up to max_num_seqs and each width of block tables; longer where
+        kernels are compiled for the first time.
+        """
+        with self._lock:
+            self._require_open()
+            self.runner.warm_up()
+
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
         """Sample from changed weights from now on.
 

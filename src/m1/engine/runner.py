@@ -120,6 +120,14 @@ class ModelRunner:
             self._graphs = None
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile the kernels of decode steps and capture their graphs, where steps are graphs."""
+        self.allocate()
+        graphs = self._current_graphs()
+        if graphs is not None:
+            graphs.capture_ahead(self.decode)
+
+    @torch.inference_mode()
     def launch(self, batch: Batch) -> Download:
         """Start a step. What is read later, for each of `batch.slots` in that order: a token and its log-probability; if one of
         the sequences asks for them, also log-probabilities and ids of the MAX_LOGPROBS most likely tokens [n, MAX_LOGPROBS].

@@ -17,6 +17,8 @@ from m1.engine.cache import Move, StateCache
 from m1.engine.decode_table import DecodeTable, News
 from m1.engine.sequence import Request, Sequence, Status
 
+BUSY_SHARE = 8  # a house is busy while at most one of so many places is free
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -63,8 +65,8 @@ class Scheduler:
     """Continuous batching under three limits: sequences running at once, tokens a step, and pages.
 
     max_num_batched_tokens must exceed max_num_seqs, so that prefill advances beside a full house of decoding sequences.
-    admission_interval: while at least half of the places are taken by sequences that decode, prompts start only in every so
-    many-th step, together: a prefill of one prompt costs the host about as much as one of many.
+    admission_interval: while at most an eighth of the places is free, prompts start only in every so many-th step, together: a
+    prefill of one prompt costs the host about as much as one of many.
     """
 
     def __init__(self, cache: StateCache, max_num_seqs: int, max_num_batched_tokens: int, admission_interval: int = 1) -> None:
@@ -94,7 +96,7 @@ class Scheduler:
 
     @property
     def _is_busy(self) -> bool:
-        return 2 * self.table.num_sequences >= self.max_num_seqs
+        return BUSY_SHARE * (self.max_num_seqs - len(self.running)) <= self.max_num_seqs
 
     @property
     def is_idle(self) -> bool:

@@ -6,9 +6,6 @@ from torch import Tensor
 from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig, few_token_product
 from m1.kernels.launch import cdiv, num_multiprocessors, with_unit_stride
 
-# The launch where tiles of 64 channels would leave half of the multiprocessors without one; None: k is split instead.
-NARROW: ProductConfig | None = None
-
 
 def choose_config(
     num_tokens: int, num_outputs: int, width: int, multiprocessors: int, is_pair: bool, num_bytes: int = 2
@@ -19,9 +16,6 @@ def choose_config(
     and each has a long way to go.
     """
     tiles = cdiv(num_outputs, 64)
-    is_narrow = 2 * tiles <= multiprocessors and not is_pair
-    if NARROW is not None and is_narrow and num_bytes == 2 and num_tokens <= 64 and width % NARROW.block_k == 0:
-        return NARROW if num_tokens <= 32 else NARROW._replace(num_stages=3)
     block_k = 64 if width % 128 or (num_tokens > 64 and (is_pair or tiles > multiprocessors)) else 128
     num_stages = 5 if (num_tokens <= 32 and not is_pair) or (num_tokens > 64 and is_pair) else 4
     splits = 2 if 2 * tiles <= multiprocessors and width >= 16 * block_k else 1

@@ -21,8 +21,6 @@ from m1.kernels.triton_math import sigmoid
 LARGEST = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(1e-12)
 MAX_TOKENS = 128
-# The launch where tiles of 64 channels would leave half of the multiprocessors without one; None: k is split instead.
-NARROW: ProductConfig | None = None
 
 
 @triton.jit
@@ -129,8 +127,6 @@ def choose_config(num_tokens: int, num_outputs: int, width: int, multiprocessors
     k is split only where there are few tiles and each has a long way to go.
     """
     tiles, is_small = cdiv(num_outputs, 64), num_tokens <= 32
-    if NARROW is not None and is_small and 2 * tiles <= multiprocessors and width % NARROW.block_k == 0:
-        return NARROW
     if tiles > multiprocessors:
         block_k, num_stages = (256, 4) if is_small else (128, 4)
     elif is_small:
