@@ -344,6 +344,7 @@ def main() -> None:
         key = case.model, case.is_fp8
         if key not in models:
             models.clear()
+            torch.cuda.empty_cache()  # or its weights would lie within what was once a cache, and hold all of that
             models[key] = random_model(case.model, arguments.mixer, case.is_fp8)
         torch.cuda.empty_cache()
         record["results"].append(measure(case, models[key], arguments))
