@@ -17,7 +17,7 @@ from torch import Tensor
 REFERENCE_ONLY: frozenset[str] = frozenset()  # packages without a Triton kernel: the reference serves every device
 # Kernels that agree with their reference in Triton's interpreter, but have not been compared with it on a GPU yet
 # (`pytest -m gpu tests/kernels`): until they have, the reference serves. Packages, or "package.op" for one op of a package.
-UNVERIFIED: frozenset[str] = frozenset({"m1.kernels.selective_scan"})
+UNVERIFIED: frozenset[str] = frozenset()
 
 
 @functools.cache
