@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from m1.conversion.bases import assemble
-from m1.conversion.convert import convert
-from m1.conversion.start import LayerFit, fit_mixers, improved_options, open_mixer, relative_errors, set_half_lives
+from m1.conversion.convert import _start_mixers, convert, hybrid_config
+from m1.conversion.start import (
+    LayerFit,
+    Mixer,
+    balance,
+    fit_mixers,
+    improved_options,
+    open_mixer,
+    relative_errors,
+    set_half_lives,
+)
+from m1.conversion.weights import in_proj_slices, output_order
 from m1.modeling import M1Config, M1ForCausalLM, SequenceLayout
 from m1.modeling.hybrid import MIXER_CLASSES
 from tests.conversion.tiny import tiny_base, vocabulary
@@ -17,6 +27,12 @@ from tests.numerics import REL_RMS, rel_rms
 def dense_model(family: str = "llama") -> M1ForCausalLM:
     base = tiny_base(family)
     return assemble(M1Config.from_base(base.config), base.state_dict(), source=family)
+
+
+def opened_mixers(dense: M1ForCausalLM, mixer: str = "mamba1", layers: tuple[int, ...] = (0, 1, 2)) -> dict[int, Mixer]:
+    """Mixers as they are before the fit."""
+    attention = [layer for layer in range(dense.config.num_hidden_layers) if layer not in layers]
+    return _start_mixers(dense, hybrid_config(dense.config, attention, 0.0, mixer, "improved"), "improved", 0)
 
 
 def documents(count: int, length: int = 60, seed: int = 0) -> list[list[int]]:
@@ -111,8 +127,7 @@ def test_fit_comes_nearer_also_on_unseen_text(family: str, mixer: str) -> None:
 
 def test_fit_reports_what_the_mixer_does() -> None:
     dense, seen = dense_model(), documents(3)
-    hybrid = convert(dense, attention_layers=[], start="improved")
-    mixers = {layer: block.mixer for layer, block in enumerate(hybrid.model.layers)}
+    mixers = opened_mixers(dense)
     before = relative_errors(dense, mixers, seen)
     fits = fit_mixers(dense, mixers, seen)
     after = relative_errors(dense, mixers, seen)
@@ -140,9 +155,7 @@ class Pretender(torch.nn.Module):
 def fit_to_pretender(half_lives: torch.Tensor, mix: torch.Tensor) -> LayerFit:
     """The fit of layer 0 where attention is replaced by a linear attention that the mixer can imitate."""
     dense = dense_model()
-    teacher, student = (
-        convert(dense, attention_layers=[], mixer="mamba2", start="improved").model.layers[0].mixer for _ in range(2)
-    )
+    teacher, student = (opened_mixers(dense, "mamba2")[0] for _ in range(2))
     set_half_lives(teacher, half_lives)
     dense.model.layers[0].self_attn = Pretender(teacher, dense.model.layers[0].self_attn, mix)
     (fit,) = fit_mixers(dense, {0: student}, documents(60))
@@ -161,6 +174,38 @@ def test_fit_finds_the_projection_that_no_scale_of_heads_gives() -> None:
     fit = fit_to_pretender(torch.full((4,), 8.0), mix)
     assert fit.half_lives == [8.0] * 4
     assert fit.error_after < 0.2  # what the ridge leaves; scales of heads alone leave 0.7
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_balanced_weights_are_of_one_size_and_compute_the_same(family: str, mixer: str) -> None:
+    dense = dense_model(family)
+    opened = opened_mixers(dense, mixer)[0]
+    config, rows = opened.config, in_proj_slices(opened.config)
+    generator = torch.Generator().manual_seed(5)
+    heads = torch.rand(config.num_attention_heads, generator=generator).mul(12).sub(10).exp()  # as a fit leaves them
+    order = output_order(config)
+    opened.out_proj.weight *= heads.repeat_interleave(config.head_dim)[order]
+    opened.in_proj.bias.normal_(generator=generator)
+    layout = SequenceLayout.from_lengths([30, 20])
+    x = torch.randn(50, config.hidden_size, generator=generator)
+    rotary = dense.model.rotary(layout.positions)
+    before = opened(x, layout, rotary)
+    balance(opened)
+    assert rel_rms(opened(x, layout, rotary), before) < REL_RMS[torch.float32]
+    sizes = {name: opened.in_proj.weight[rows[name]] for name in ("x", "B", "C")}
+    sizes["out"] = opened.out_proj.weight[:, order.argsort()].T
+    groups = config.num_key_value_heads
+    of_groups = {
+        name: w.unflatten(0, (groups, -1, config.head_dim)).square().mean((2, 3)).sqrt().log() for name, w in sizes.items()
+    }
+    if config.qk_norm:  # the norms of B and C take their scale away: only x and out have one
+        assert torch.allclose(of_groups["x"].squeeze(1), of_groups["out"].mean(1), atol=1e-4)
+        return
+    assert torch.allclose(of_groups["C"], of_groups["out"], atol=1e-4)
+    for name in ("x", "B"):
+        assert torch.allclose(of_groups[name].squeeze(1), of_groups["out"].mean(1), atol=1e-4)
 
 
 def test_options_of_the_start_are_needed() -> None:

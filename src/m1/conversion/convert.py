@@ -22,7 +22,7 @@ from m1.config import ConvertConfig, require
 from m1.conversion import gguf
 from m1.conversion.bases import assemble, import_base, load_base, open_source
 from m1.conversion.calibration import Text, read_texts, tokenize_documents
-from m1.conversion.start import LayerFit, Mixer, fit_mixers, improved_options, open_mixer
+from m1.conversion.start import LayerFit, Mixer, balance, fit_mixers, improved_options, open_mixer
 from m1.conversion.weights import attention_to_mixer, hybrid_weights, layer_weights
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.hybrid import MIXER_CLASSES
@@ -103,6 +103,9 @@ def convert(
     mixers = _start_mixers(base, config, start, seed)
     if calibration and mixers:
         fit_mixers(base, mixers, tokenize_documents(calibration, tokenizer, calibration_tokens), on_layer=on_layer)
+    if start == "improved":
+        for module in mixers.values():
+            balance(module)
     weights = hybrid_weights(
         {name: tensor.detach().clone() for name, tensor in base.state_dict().items()},
         {layer: {n: t.detach().to(base.dtype) for n, t in module.state_dict().items()} for layer, module in mixers.items()},

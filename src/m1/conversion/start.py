@@ -2,8 +2,9 @@
 
 What M1 leaves at random is set so that the mixer is linear attention with decay and nothing else: open gate, identity
 convolution, no skip, rotated B and C, constant step sizes. Then, on some text, each head's half-life is chosen and the
-output projection fitted by least squares to what attention gave on the same inputs. No gradient is taken and no text read
-here. Sources: MOHAWK (arXiv 2408.10189) and its successors for the identity start; the fit is ordinary ridge regression.
+output projection fitted by least squares to what attention gave on the same inputs. At last weights are made of one size, for
+the optimizer's sake. No gradient is taken and no text read here. Sources: MOHAWK (arXiv 2408.10189) and its successors for the
+identity start; the fit is ordinary ridge regression.
 Legend: T flat tokens, H mixer heads (mamba1: heads of width d_state), P head width, D hidden size.
 """
 
@@ -101,6 +102,46 @@ def set_half_lives(mixer: Mixer, half_lives: Tensor) -> None:
 
 
 @torch.no_grad()
+def balance(mixer: Mixer) -> None:
+    """Give x, B, C and `out_proj` of each head weights of one size, in place; what an opened mixer computes stays the same.
+
+    Attention normalises q.k, a mixer doesn't: after the fit, C and `out_proj` of large heads are a hundred times smaller than B
+    and x, and Adam, whose first steps are as large for small weights as for others, would undo the start at once. The output
+    is linear in each of the four, so factors whose product is 1 can be moved between them: a for x and b for B of a
+    key/value head, c for C and o for the columns of each of its query heads. With q and k normed, B and C have no scale.
+    """
+    config, rows = mixer.config, in_proj_slices(mixer.config)
+    groups, width = config.num_key_value_heads, config.head_dim
+    columns = output_order(config).to(mixer.out_proj.weight.device).argsort()  # in attention's order: head after head
+    x, B, C = (_sizes(mixer.in_proj.weight[rows[name]], groups, width) for name in ("x", "B", "C"))  # [G, 1 or heads a group]
+    out = _sizes(mixer.out_proj.weight[:, columns].T, groups, width)
+    if config.qk_norm:
+        size = (x * _geometric_mean(out)).sqrt()
+        factors = {"x": size / x}
+        outwards = (x / size).expand_as(out)
+    else:
+        size = (x * B * _geometric_mean(C * out)) ** 0.25
+        factors = {"x": size / x, "B": size / B}
+        of_both = (C * out * x * B).sqrt() / size  # what C and out of a head shall have, so that all factors cancel
+        factors["C"], outwards = of_both / C, of_both / out
+    for name, factor in factors.items():
+        factor = factor.flatten().repeat_interleave(width)
+        mixer.in_proj.weight[rows[name]] *= factor[:, None]
+        mixer.in_proj.bias[rows[name]] *= factor
+    mixer.out_proj.weight[:, columns] *= outwards.flatten().repeat_interleave(width)
+
+
+def _sizes(weight: Tensor, groups: int, width: int) -> Tensor:
+    """Root mean square of each head's rows; weight [heads * width, D] -> [groups, heads a group]."""
+    return weight.unflatten(0, (groups, -1, width)).square().mean((2, 3)).sqrt().clamp_min(1e-12)
+
+
+def _geometric_mean(x: Tensor) -> Tensor:
+    """Over a group's heads: [G, heads] -> [G, 1]."""
+    return x.log().mean(1, keepdim=True).exp()
+
+
+@torch.no_grad()
 def fit_mixers(
     dense: M1ForCausalLM,
     mixers: Mapping[int, Mixer],
@@ -110,6 +151,7 @@ def fit_mixers(
 ) -> list[LayerFit]:
     """Fit opened mixers (fp32, by layer) to the attention of `dense` on token ids; changes the mixers, not `dense`.
 
+    They must not be balanced yet: the fit starts from attention's own `o_proj`.
     Every layer sees the inputs that it has in `dense`. One document in five is held out to measure the errors on, where there
     are five. `on_layer` is called after each.
     """
