@@ -183,6 +183,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--recipe", required=True, help="where [align] and [distill] are; steps and batches come from here")
+    parser.add_argument("--set", nargs="+", default=[], help="over the recipe's: distill.mixer_learning_rate=1e-4 …")
     parser.add_argument("--mixers", nargs="+", choices=("mamba1", "mamba2"), default=["mamba1", "mamba2"])
     parser.add_argument("--only", default="", help="a regular expression: only rows of such names")
     parser.add_argument("--attention-fraction", type=float, default=0.25)

@@ -8,6 +8,7 @@ import argparse
 import itertools
 import random
 import time
+import tomllib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +153,7 @@ class Bench:
             "precision": self.precision,
             "device": self.device.type,
         }
+        values |= {key: value for stage, key, value in map(read_setting, options.set) if stage == command}
         config = build(command, values, options.recipe)
         return config, read_documents(config, self.tokenizer, loss_on)[0]
 
@@ -206,6 +208,18 @@ def _first_tokens(documents: Sequence[Document], num_targets: int) -> tuple[list
     if found < num_targets:
         raise ValueError(f"--data: its held-out rows have {found:,} tokens left to measure on, {num_targets:,} are asked for")
     return list(documents), []
+
+
+def read_setting(text: str) -> tuple[str, str, Any]:
+    """`distill.mixer_learning_rate=1e-4` in its three parts. Raises ValueError for another form."""
+    name, equals, value = text.partition("=")
+    stage, _, key = name.partition(".")
+    if stage not in ("align", "distill") or not key or not equals:
+        raise ValueError(f"--set {text}: expected align.KEY=VALUE or distill.KEY=VALUE, with a value as in TOML")
+    try:
+        return stage, key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--set {text}: not a TOML value ({error})") from error
 
 
 def curve(result: TrainResult, name: str) -> list[list[float]]:

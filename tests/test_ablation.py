@@ -97,6 +97,16 @@ def test_the_restored_layers_are_the_transformers_and_shared_with_nobody(place, 
     assert all(parameter.any() for name, parameter in bench.exact.named_parameters() if "bias" not in name)
 
 
+def test_a_setting_goes_over_the_recipe(place, tmp_path):
+    settings = ["distill.mixer_learning_rate=5e-4", "align.betas=[0.8, 0.9]"]
+    bench = ablation.Bench(ablation.parse([*arguments(place, tmp_path / "x.json"), "--set", *settings]))
+    (distill, _), (align, _) = bench._stage("distill", 512, "completion"), bench._stage("align", 512, "all")
+    assert distill.mixer_learning_rate == 5e-4 and align.mixer_learning_rate == 1e-3 and align.betas == (0.8, 0.9)
+    for wrong in ("sft.steps=1", "distill.steps", "distill.steps=one"):
+        with pytest.raises(ValueError, match=f"--set {wrong}"):
+            hybrid_arms.read_setting(wrong)
+
+
 def test_what_measures_kl_does_not_choose_layers(place, tmp_path):
     bench = ablation.Bench(ablation.parse(arguments(place, tmp_path / "x.json")))
     choosing, measuring = ({tuple(d.token_ids) for d in some} for some in (bench.for_selection, bench.for_measuring))
