@@ -23,10 +23,10 @@ from training import SIZES, make_model
 from transformers import PreTrainedTokenizerFast
 
 from m1.config import GRPOConfig
+from m1.distributed import is_first, num_ranks, ranks, say
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.storage import git_revision, write_json
-from m1.training.distributed import is_first, num_ranks, ranks, say
 from m1.training.grpo import grpo
 
 PROMPT_TOKENS = 100

@@ -31,11 +31,11 @@ import torch
 import transformers
 
 from m1.config import AlignConfig, DistillConfig, SFTConfig
+from m1.distributed import is_first, num_ranks, ranks, say
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.storage import git_revision, write_json
 from m1.training.align import align
 from m1.training.distill import distill
-from m1.training.distributed import is_first, num_ranks, ranks, say
 from m1.training.optimizer import group_of
 from m1.training.packing import Document
 from m1.training.sft import sft

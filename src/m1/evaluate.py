@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from m1.backends import Backend, open_backend, other_ranks_serving
 from m1.config import EvalConfig, require
+from m1.distributed import ranks
 from m1.evaluation.budget import MOST_SAMPLES, Budget, parse_budgets
 from m1.evaluation.records import read_records
 from m1.evaluation.regrade import regrade
@@ -37,7 +38,6 @@ from m1.reasoning.answers import ANSWER_INSTRUCTION
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
 from m1.storage import read_run_record, write_run_record
-from m1.training.distributed import ranks
 
 COMMAND = "eval"
 PAPER_SAMPLES = 64

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import SampleConfig, require
+from m1.distributed import local_device
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.sequence import Completion, Request
@@ -28,7 +29,6 @@ from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score, Scorer
 from m1.sample_directory import SampleDirectory
 from m1.training.data import prompt_ids, user_prefix
-from m1.training.distributed import local_device
 from m1.training.sources import read_problem_set
 
 FULL_MARKS = 1.0

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from m1.backends import open_backend, other_ranks_serving
 from m1.config import SolveConfig, require
+from m1.distributed import ranks
 from m1.evaluation.budget import Budget, SampleUntil, sample_until
 from m1.evaluation.sampling import Generate, Prompt, Sample, SampleRequest
 from m1.evaluation.votes import elect, load_verifier, require_vote
 from m1.reasoning.answers import extract_answer
 from m1.reasoning.verify import Verifier
 from m1.reasoning.voting import AdaptiveVote, Vote
-from m1.training.distributed import ranks
 
 DEFAULT_SAMPLES = 16
 MOST_SAMPLES = 1_000_000  # where only a budget limits them

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m1.config import AlignConfig, DistillConfig, GRPOConfig, OnPolicyConfig, SFTConfig
+from m1.distributed import is_first, local_device, rank
+from m1.distributed import ranks as process_group
 from m1.modeling import M1ForCausalLM
 from m1.modeling.aligned_linear import AlignedLinear
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Score
 from m1.training.align import align
 from m1.training.distill import distill
-from m1.training.distributed import is_first, local_device, rank
-from m1.training.distributed import ranks as process_group
 from m1.training.grpo import grpo
 from m1.training.loop import train
 from m1.training.on_policy import distill_on_policy

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m1.distributed import LostRankError, rank
 from m1.training import checkpoint_writer
 from m1.training.checkpoint import TrainingState, list_checkpoints, load_newest_checkpoint, read_manifest
 from m1.training.checkpoint_writer import CheckpointWriter
-from m1.training.distributed import LostRankError, rank
 from m1.training.loop import TrainingDivergedError
 from m1.training.metrics import read_metrics
 from m1.training.optimizer import build_optimizer

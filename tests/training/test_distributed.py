@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m1 import distributed
 from m1.config import DistillConfig
 from m1.modeling.loading import load_model, load_tokenizer
 from m1.training import distill as distill_module
-from m1.training import distributed
 from m1.training.select import Selection
 from tests.numerics import GOLDEN_LOSS, RANKS_EQUAL_ONE, ROUNDING, rel_rms
 from tests.training import ranks, tiny

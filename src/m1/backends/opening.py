@@ -84,7 +84,7 @@ def other_ranks_serving(config: SamplingConfig, *, has_deadline: bool = False) -
     """Within, under `torchrun`: true on the first rank, which may `open_backend(config)` to sample with the engines of all; the
     others have served it, and have nothing left to do."""
     from m1.backends.ranks import dismiss, serve
-    from m1.training.distributed import is_first
+    from m1.distributed import is_first
 
     if not is_first():
         serve(lambda: _load_engine(config, has_deadline))
@@ -97,9 +97,9 @@ def other_ranks_serving(config: SamplingConfig, *, has_deadline: bool = False) -
 
 
 def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
+    from m1.distributed import local_device
     from m1.engine.llm import Engine
     from m1.modeling.loading import inference_dtype, load_tokenizer
-    from m1.training.distributed import local_device
 
     device = local_device(config.device)
     concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
@@ -110,7 +110,7 @@ def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
 def _open_engine(config: SamplingConfig, has_deadline: bool) -> Backend:
     from m1.backends.engine import engine_backend
     from m1.backends.ranks import shared_backend
-    from m1.training.distributed import num_ranks
+    from m1.distributed import num_ranks
 
     engine = _load_engine(config, has_deadline)
     layers, capacity, weight = engine.model.config, engine.capacity, engine.model.model.embed_tokens.weight

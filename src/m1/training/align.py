@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from m1.config import AlignConfig, require
+from m1.distributed import from_first
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config
 from m1.training.command import parameter_bytes, read_documents, run_training
 from m1.training.distill import load_teacher
-from m1.training.distributed import from_first
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, train
 from m1.training.optimizer import GROUPS, select_trainable
 from m1.training.packing import BatchStream, Document, PackedBatch

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from m1.distributed import barrier, from_first, gather, is_first, num_ranks, rank
 from m1.training.average import WeightAverage
-from m1.training.distributed import barrier, from_first, gather, is_first, num_ranks, rank
 from m1.training.sharding import first_row, local
 
 STATE = "state.json"

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m1.distributed import gather, is_first, num_ranks, rank
 from m1.storage import require_disk, write_json
 from m1.training.checkpoint import PREFIX, STATE, TrainingState, checksum, list_checkpoints, random_state, seal, shard_name
-from m1.training.distributed import gather, is_first, num_ranks, rank
 from m1.training.sharding import rows_to_write
 
 # Of the timeout of a step's collectives: writing takes longer than a step, and not equally long on all ranks.

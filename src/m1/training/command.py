@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import TrainConfig, require
+from m1.distributed import num_local_ranks, num_ranks, on_first, ranks, say
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import GIB, require_disk, require_memory
 from m1.training.data import iterate_documents
-from m1.training.distributed import num_local_ranks, num_ranks, on_first, ranks, say
 from m1.training.document_cache import CachedDocuments, cache_directory, cache_key, write_documents
 from m1.training.loop import TrainResult
 from m1.training.optimizer import select_trainable

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import DistillConfig, require
+from m1.distributed import local_device
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.training.command import parameter_bytes, read_documents, run_training
-from m1.training.distributed import local_device
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, mean_over_targets, train
 from m1.training.losses import Divergence, head_loss, target_states
 from m1.training.optimizer import select_trainable

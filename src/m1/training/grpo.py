@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import GRPOConfig, require
+from m1.distributed import share
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import load_config
 from m1.reasoning.problems import Problem
 from m1.reasoning.rewards import Scorer
 from m1.training.command import parameter_bytes, run_training
 from m1.training.data import prompt_ids
-from m1.training.distributed import share
 from m1.training.groups import GroupSource, describe, group_advantages
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, mean_over_targets, train
 from m1.training.losses import TokenLogProbs, head_loss, target_states

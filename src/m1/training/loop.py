@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from m1.config import TrainConfig
+from m1.distributed import add_over_ranks, is_any, is_distributed, is_first, num_ranks, rank, sum_over_ranks
 from m1.modeling import M1ForCausalLM
 from m1.training.average import WeightAverage
 from m1.training.checkpoint import TrainingState, load_newest_checkpoint, remove_leftovers
 from m1.training.checkpoint_writer import CheckpointWriter
-from m1.training.distributed import add_over_ranks, is_any, is_distributed, is_first, num_ranks, rank, sum_over_ranks
 from m1.training.interruption import interruptible
 from m1.training.metrics import MetricsLog, Record
 from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_rates, squared_gradient_norm

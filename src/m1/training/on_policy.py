@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import OnPolicyConfig, require
+from m1.distributed import share
 from m1.modeling import M1ForCausalLM
 from m1.modeling.loading import load_config
 from m1.training.command import parameter_bytes, run_training
 from m1.training.data import prompt_ids
 from m1.training.distill import load_teacher, require_same_tokenizer, require_same_vocabulary
-from m1.training.distributed import share
 from m1.training.loop import Step, TrainResult, backpropagate, mean_over_targets, train
 from m1.training.losses import Divergence, head_loss, target_states
 from m1.training.optimizer import select_trainable

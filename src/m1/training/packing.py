@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m1.distributed import share
 from m1.modeling import SequenceLayout
-from m1.training.distributed import share
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import RolloutConfig
+from m1.distributed import gather, is_distributed, num_ranks, rank
 from m1.engine import Engine, SamplingParams
 from m1.engine.weights import sampling_copy
 from m1.modeling import M1ForCausalLM
-from m1.training.distributed import gather, is_distributed, num_ranks, rank
 from m1.training.sharding import full_parameters
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import SelectConfig, TrainConfig
+from m1.distributed import barrier, is_distributed, is_first, on_first
 from m1.modeling import M1ForCausalLM
 from m1.storage import RUN_RECORD, begin_run, new_directory, require_disk, require_same_run, write_json, write_run_record
-from m1.training.distributed import barrier, is_distributed, is_first, on_first
 from m1.training.sharding import full_parameters
 
 MODEL_CONFIG = "config.json"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from m1.config import SelectConfig, require
+from m1.distributed import add_over_ranks, is_first, num_ranks, ranks, say, share, sum_over_ranks
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.attention import Attention
 from m1.modeling.hybrid import HybridBlock
@@ -30,7 +31,6 @@ from m1.training.align import require_same_shape
 from m1.training.command import parameter_bytes
 from m1.training.data import make_documents
 from m1.training.distill import require_same_tokenizer, require_same_vocabulary
-from m1.training.distributed import add_over_ranks, is_first, num_ranks, ranks, say, share, sum_over_ranks
 from m1.training.loop import autocast
 from m1.training.losses import Divergence, head_loss, target_states
 from m1.training.packing import Document, PackedBatch, best_fit, pack

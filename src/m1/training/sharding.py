@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from m1.distributed import add_over_ranks, is_distributed, num_ranks, rank
 from m1.modeling import M1ForCausalLM
-from m1.training.distributed import add_over_ranks, is_distributed, num_ranks, rank
 
 # Linear layers whose weight a mixer takes without calling them: gathered with the block, in float32.
 NEVER_CALLED = ("dt_proj",)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m1.distributed import barrier, is_first, num_ranks, rank
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.storage import require_disk, write_json
-from m1.training.distributed import barrier, is_first, num_ranks, rank
 from m1.training.loop import autocast
 from m1.training.losses import head_loss, target_states
 from m1.training.packing import AnnotatedBatch, Document, PackedBatch

@@ -1,7 +1,7 @@
 """Ranks: one process, or the many that `torchrun` starts; what they tell each other, and whose part of the work is whose.
 
 Without a process group every function here is that of a single rank, so callers need no second path. How a model's weights
-are divided among the ranks is in `sharding.py`.
+are divided among the ranks is in `training/sharding.py`.
 """
 
 import os
