@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -156,3 +157,13 @@ def test_the_split_is_written_as_problems(tmp_path, monkeypatch):
     split_problems.main()
     dev, rest = (read_problems(tmp_path / f"set_{name}.jsonl") for name in ("dev", "rest"))
     assert (len(dev), len(rest)) == (4, 5) and "What is 3?" not in {problem.problem for problem in dev + rest}
+
+
+def test_the_sums_of_the_quickstart_are_split_under_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(split_problems, "NUM_SUMS", 60)
+    monkeypatch.setattr(sys, "argv", ["split", "quickstart", "--held-out", "20", "--out", str(tmp_path)])
+    split_problems.main()
+    dev, rest = (read_problems(tmp_path / f"quickstart_{name}.jsonl") for name in ("dev", "rest"))
+    assert (len(dev), len(rest)) == (20, 40) and not {one.problem for one in dev} & {one.problem for one in rest}
+    assert all(one.id.startswith("quickstart/") and one.reward == "reasoning_gym:chain_sum" for one in dev + rest)
+    assert re.fullmatch(r".*: \d\d? [+-] \d\d? =", dev[0].problem)

@@ -41,8 +41,8 @@ def test_each_table_of_a_recipe_goes_on_from_the_one_before(path):
             assert getattr(config, name, base) in {base, *written}, (command, name)
         for source in [*getattr(config, "data", []), *getattr(config, "calibration", [])]:
             name, _, part = source.partition(":")
-            if command == "sample" and name != "gym":  # what benchmarks/split_problems.py left for training
-                assert name.startswith("runs/problems/") and name.endswith("_rest.jsonl")
+            if command in ("sample", "grpo") and name.startswith("runs/problems/"):
+                assert name.endswith("_rest.jsonl"), "what benchmarks/split_problems.py left for training"
                 continue
             assert name == "gym" or name in written, (command, source)
             assert name == "gym" or part == ("held_out" if command == "select" else "train"), "choose on what is held out"
