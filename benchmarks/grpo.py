@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one")
     parser.add_argument("--tokens-per-batch", type=int, default=32768)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--replicate", action="store_true", help="several GPUs: the whole model on each")
+    parser.add_argument("--replicate", default="auto", choices=["auto", "always", "never"], help="as m1 grpo has it")
     parser.add_argument("--keep-sampler", action="store_true", help="its states and captured steps stay on the device")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", default="results/grpo.json")

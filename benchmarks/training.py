@@ -3,10 +3,12 @@
     python benchmarks/training.py                                 # table; JSON into results/training.json
     python benchmarks/training.py --reduced                       # distillation alone, about a minute
     python benchmarks/training.py --sizes 3b --stages distill     # some of the cases
-    torchrun --nproc-per-node 4 benchmarks/training.py            # the same on 4 GPUs, weights divided by FSDP2
+    python benchmarks/training.py --data gym:gsm_symbolic         # other text, as m1 distill takes it
+    python benchmarks/training.py --data random                   # random tokens, longer documents
+    torchrun --nproc-per-node 4 benchmarks/training.py --replicate always never    # 4 GPUs: the model whole on each, divided
 
 Models have the dimensions of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-3B with random weights, every fourth layer attention.
-Documents have random tokens and lengths as reasoning text has (log-normal, cut at 2,048), four fifths of each a completion.
+Documents are packed and have at most 2,048 tokens; what text they are by default is in training_text.py.
 What is timed are steps of the training loop itself, packing, optimizer and metrics included, after the first two.
 
 The share is of 790 TFLOP/s, which large bf16 products reach on an H100: products of linear layers, of the head and of attention
@@ -28,7 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from training_text import documents_of
 
 from m1.config import AlignConfig, DistillConfig, SFTConfig
 from m1.distributed import is_first, num_ranks, ranks, say
@@ -39,6 +43,7 @@ from m1.training.distill import distill
 from m1.training.optimizer import group_of
 from m1.training.packing import Document
 from m1.training.sft import sft
+from m1.training.sharding import is_divided
 
 MATRIX_LIMIT = 790e12  # FLOP/s
 ATTENTION_EVERY, MAX_LENGTH, WARMUP_STEPS = 4, 2048, 2
@@ -84,9 +89,11 @@ class Result:
     stage: str
     num_ranks: int
     tokens_per_batch: int
+    batches: int  # a step and rank
     gradient_checkpointing: bool
-    replicate: bool  # these two are of account with several ranks
+    is_divided: bool  # among the ranks
     reshard_after_forward: bool
+    documents: dict[str, float]  # mean and greatest length, and the share of tokens that are targets
     tokens_per_second: float
     seconds_per_step: float
     matrix_limit_share: float
@@ -106,14 +113,22 @@ def make_model(size: str, mixer: str, device: torch.device, *, dense: bool = Fal
     return model.to(torch.bfloat16).requires_grad_(False).eval() if dense else model
 
 
-def make_documents(vocab_size: int, num_tokens: int) -> list[Document]:
-    generator = np.random.default_rng(0)
-    documents: list[Document] = []
-    while sum(len(document.token_ids) for document in documents) < num_tokens:
-        for length in np.clip(generator.lognormal(6.2, 0.7, 256), 32, MAX_LENGTH).astype(int):
-            ids = generator.integers(0, vocab_size, length, dtype=np.int32)
-            documents.append(Document(ids, np.arange(length) >= length // 5))
-    return documents
+def describe(documents: Sequence[Document]) -> dict[str, float]:
+    lengths = [len(document.token_ids) for document in documents]
+    targets = sum(document.num_targets for document in documents) / sum(lengths)
+    return {"mean_length": round(statistics.mean(lengths), 1), "max_length": max(lengths), "targets": round(targets, 4)}
+
+
+def all_reduce_rate(device: torch.device) -> float:
+    """Bytes a second that each GPU sends while 256 MiB are summed over n ranks: 2 (n - 1) / n times the bytes, as in a ring."""
+    tensor, seconds = torch.ones(2**26, device=device), []
+    for _ in range(8):
+        dist.barrier(device_ids=[device.index])
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * (num_ranks() - 1) / num_ranks() * tensor.nbytes / statistics.median(seconds[2:])
 
 
 def count_flops(model: M1ForCausalLM, documents: Sequence[Document], *, trains: bool, needs_head: bool) -> float:
@@ -144,21 +159,29 @@ def count_align_flops(student: M1ForCausalLM, teacher: M1ForCausalLM, documents:
     return count_flops(teacher, documents, trains=False, needs_head=False) + 2 * (2 * mixers + outputs)
 
 
-def measure(size: str, mixer: str, stage: str, steps: int, device: torch.device, options: argparse.Namespace) -> Result:
+def measure(
+    size: str, mixer: str, stage: str, batches: int, replicate: str, device: torch.device, options: argparse.Namespace
+) -> Result:
     per_batch, recomputes = BATCHES[size]
     per_batch = options.tokens_per_batch or per_batch
     common: dict[str, Any] = {
-        "steps": WARMUP_STEPS + steps,
+        "steps": WARMUP_STEPS + options.steps,
         "tokens_per_batch": per_batch,
-        "tokens_per_step": per_batch * options.batches * num_ranks(),
+        "tokens_per_step": per_batch * batches * num_ranks(),
         "max_length": MAX_LENGTH,
         "gradient_checkpointing": recomputes,
         "reshard_after_forward": not options.keep_gathered,
-        "replicate": options.replicate,
+        "replicate": replicate,
     }
     student = make_model(size, mixer, device)
     teacher = make_model(size, mixer, device, dense=True) if stage != "sft" else None
-    documents = make_documents(SIZES[size]["vocab_size"], per_batch * num_ranks() * 8)
+    documents = documents_of(
+        options.data,
+        options.tokenizer,
+        vocab_size=SIZES[size]["vocab_size"],
+        num_tokens=per_batch * batches * num_ranks() * (WARMUP_STEPS + options.steps + 1),
+        max_length=MAX_LENGTH,
+    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -187,9 +210,11 @@ def measure(size: str, mixer: str, stage: str, steps: int, device: torch.device,
         stage=stage,
         num_ranks=num_ranks(),
         tokens_per_batch=per_batch,
+        batches=batches,
         gradient_checkpointing=recomputes,
-        replicate=options.replicate,
+        is_divided=is_divided(student),
         reshard_after_forward=not options.keep_gathered,
+        documents=describe(documents),
         tokens_per_second=round(rate, 1),
         seconds_per_step=round(statistics.median(record["seconds"] for record in timed), 4),
         matrix_limit_share=round(rate * flops / num_ranks() / MATRIX_LIMIT, 4),
@@ -216,8 +241,10 @@ def shorten(kernel: str) -> str:
 
 
 def show(result: Result) -> None:
+    divided = "divided " if result.is_divided else ""
+    batches = f"{result.batches} × {result.tokens_per_batch:,}"
     say(
-        f"{result.size:>5} {result.mixer:6} {result.stage:8} {result.tokens_per_second:>10,.0f} tokens/s "
+        f"{result.size:>5} {result.mixer:6} {result.stage:8} {divided}{batches} {result.tokens_per_second:>10,.0f} tokens/s "
         f"{result.seconds_per_step:>8.3f} s/step {result.matrix_limit_share:>6.1%} of limit {result.peak_memory_gib:>6.1f} GiB"
     )
     for name, seconds in result.kernel_seconds.items():
@@ -231,9 +258,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=["align", "distill", "sft"], default=["align", "distill", "sft"])
     parser.add_argument("--reduced", action="store_true", help="distillation alone, three timed steps a case")
     parser.add_argument("--steps", type=int, default=6, help="timed steps a case, after two")
-    parser.add_argument("--batches", type=int, default=1, help="micro-batches a step and rank")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="micro-batches a step and rank")
     parser.add_argument("--tokens-per-batch", type=int, help="instead of each size's own")
-    parser.add_argument("--replicate", action="store_true", help="several GPUs: the whole model on each")
+    parser.add_argument("--data", nargs="+", default=[], help="as m1 distill takes it, or: random")
+    parser.add_argument("--tokenizer", help="directory or hub name; unless given, one is trained on the text")
+    parser.add_argument(
+        "--replicate", nargs="+", default=["auto"], choices=["auto", "always", "never"], help="several GPUs: as m1 distill does"
+    )
     parser.add_argument("--keep-gathered", action="store_true", help="several GPUs: weights stay whole until the backward pass")
     parser.add_argument("--profile", action="store_true", help="which kernels take the time")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -259,8 +290,12 @@ def main() -> None:
             "command": ["python", *sys.argv],
             "matrix_limit_flops": MATRIX_LIMIT,
         }
-        for size, mixer, stage in itertools.product(options.sizes, options.mixers, options.stages):
-            results.append(measure(size, mixer, stage, options.steps, device, options))
+        if num_ranks() > 1 and device.type == "cuda":
+            setting["all_reduce_bytes_per_second"] = round(all_reduce_rate(device), -9)
+            say(f"sums of 256 MiB over the ranks: {setting['all_reduce_bytes_per_second'] / 1e9:.0f} GB/s")
+        cases = options.sizes, options.mixers, options.stages, options.batches, options.replicate
+        for case in itertools.product(*cases):
+            results.append(measure(*case, device, options))
             show(results[-1])
             if device.type == "cuda":
                 torch.cuda.empty_cache()

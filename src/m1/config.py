@@ -143,10 +143,11 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     track: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
     """Where the metrics go beside metrics.jsonl; each needs its library: pip install 'm1-reasoner[watch]'."""
-    replicate: bool = False
-    """With several ranks: each has the whole model, and gradients are added once a step. Faster for a model that fits."""
+    replicate: Literal["auto", "always", "never"] = "auto"
+    """With several ranks: each has the whole model and gradients are added once a step, or the ranks divide it (FSDP2). auto:
+    whole where its weights and optimizer take at most a quarter of a rank's memory."""
     reshard_after_forward: bool = True
-    """With several ranks: free a block's gathered weights after its forward. Off: faster, more memory."""
+    """Of a divided model: free a block's gathered weights after its forward. Off: faster, more memory."""
     timeout: float = 600.0
     """With several ranks: seconds that one waits for the others before it gives up."""
     device: DeviceName = "auto"

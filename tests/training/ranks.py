@@ -48,6 +48,7 @@ SIZES: dict[str, Any] = {
     "precision": "float32",
     "device": "cpu",
     "timeout": 60.0,
+    "replicate": "never",
 }
 # A run in a directory: fast steps, a checkpoint at each.
 RUN: dict[str, Any] = {
@@ -81,14 +82,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"gradient_checkpointing": True, "reshard_after_forward": False, "precision": "bfloat16"},
         {"mixer": "mamba2"},
     ),
-    "align, replicated": ("align", {"learning_rate": 0.0, "replicate": True}, {}),
-    "distill, bf16, replicated": ("distill", {"precision": "bfloat16", "replicate": True}, {}),
+    "align, replicated": ("align", {"learning_rate": 0.0, "replicate": "always"}, {}),
+    "distill, bf16, replicated": ("distill", {"precision": "bfloat16", "replicate": "always"}, {}),
     "sft, untied, biases, averaged, replicated": (
         "sft",
-        {"ema_decay": 0.5, "replicate": True},
+        {"ema_decay": 0.5, "replicate": "always"},
         {"tie_word_embeddings": False, "mixer_bias": True},
     ),
-    "grpo, replicated": ("grpo", {"replicate": True}, {}),
+    "grpo, replicated": ("grpo", {"replicate": "always"}, {}),
     "distill, cached teacher": ("distill", {"teacher_cache": "cache", "steps": 6}, {"mixer": "mamba2"}),
     "grpo": ("grpo", {}, {}),
     "grpo, mamba2, two updates, refilled, kl": (
@@ -162,9 +163,13 @@ def run_padded_cases(names: Sequence[str], out: Path) -> None:
     run_cases(names, out)
 
 
-def run_select(out: Path) -> Selection:
+def run_select(out: Path, device_name: str = "cpu") -> Selection:
     """A selection of two layers on however many ranks there are; each writes what it chose into `out`."""
-    student, teacher = tiny.model(attention=(), layers=4), tiny.model(attention=range(4), layers=4, seed=1)
+    device = local_device(device_name)
+    student, teacher = (
+        tiny.model(attention=(), layers=4).to(device),
+        tiny.model(attention=range(4), layers=4, seed=1).to(device),
+    )
     student.load_state_dict(teacher.state_dict(), strict=False)
     selection = select(student, teacher, tiny.documents(9), 2, tokens_per_batch=40, precision="float32", progress=False)
     (out / f"selection-{rank()}.json").write_text(json.dumps(selection.as_json()))

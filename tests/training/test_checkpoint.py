@@ -39,24 +39,31 @@ def assert_same_weights(out, other):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """By number of ranks: a run that nothing disturbed, and the seconds of its steps."""
+    """By number of ranks, and whether they replicate the model: a run that nothing disturbed, and the seconds of its steps."""
     made = {}
-    for count in (1, 2):
-        out = tmp_path_factory.mktemp(f"uninterrupted-{count}") / "out"
-        ranks.run_ranks(count, ranks.run_sft, out, {})
-        made[count] = (out, sum(record["seconds"] for record in read_metrics(out / "metrics.jsonl")))
+    for count, replicate in ((1, "never"), (2, "never"), (2, "always")):
+        out = tmp_path_factory.mktemp(f"uninterrupted-{count}-{replicate}") / "out"
+        ranks.run_ranks(count, ranks.run_sft, out, {"replicate": replicate})
+        made[count, replicate] = (out, sum(record["seconds"] for record in read_metrics(out / "metrics.jsonl")))
     return made
 
 
 @pytest.mark.parametrize(
-    ("count", "num_kills", "is_async"), [(1, NUM_KILLS, True), (1, NUM_KILLS // 4, False), (2, NUM_KILLS // 10, True)]
+    ("count", "replicate", "num_kills", "is_async"),
+    [
+        (1, "never", NUM_KILLS, True),
+        (1, "never", NUM_KILLS // 4, False),
+        (2, "never", NUM_KILLS // 10, True),
+        (2, "always", NUM_KILLS // 10, True),
+    ],
 )
-def test_kills_at_random_moments_change_nothing(tmp_path, uninterrupted, count, num_kills, is_async):
-    whole, seconds = uninterrupted[count]
+def test_kills_at_random_moments_change_nothing(tmp_path, uninterrupted, count, replicate, num_kills, is_async):
+    whole, seconds = uninterrupted[count, replicate]
     out, generator, killed_at = tmp_path / "out", random.Random(), []
+    fields = {"async_save": is_async, "replicate": replicate}
     while len(killed_at) < num_kills:
         (out / ranks.BEGUN).unlink(missing_ok=True)
-        processes = ranks.start_ranks(count, ranks.run_sft, out, {"async_save": is_async})
+        processes = ranks.start_ranks(count, ranks.run_sft, out, fields)
         while not (out / ranks.BEGUN).exists():
             time.sleep(0.001)
         time.sleep(generator.uniform(0, seconds / 3))
@@ -69,7 +76,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, uninterrupted, count, 
         else:
             killed_at.append(checkpoints_of(out)[:1])
     print("newest checkpoints at the kills:", killed_at)
-    ranks.run_ranks(count, ranks.run_sft, out, {"async_save": is_async})
+    ranks.run_ranks(count, ranks.run_sft, out, fields)
     assert_same_weights(out, whole)
     assert checkpoints_of(out) == ["step-00000020", "step-00000019"]
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -101,7 +108,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, uninterr
         warnings.simplefilter("error")
         ranks.run_sft(out, {"checkpoint_every": 2})
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000018", "step-00000020"]
-    assert_same_weights(out, uninterrupted[1][0])
+    assert_same_weights(out, uninterrupted[1, "never"][0])
 
 
 class KilledAtStep7(SFTStage):
@@ -121,31 +128,32 @@ def run_and_tell(out, fields, stage, error):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "is_replicated"),
+    ("before", "after", "replicate"),
     [
-        (1, 2, (False, False)),
-        (2, 1, (False, False)),
-        (2, 2, (False, False)),
-        (2, 1, (True, False)),
-        (2, 2, (True, False)),
-        (2, 2, (False, True)),
+        (1, 2, ("never", "never")),
+        (2, 1, ("never", "never")),
+        (2, 2, ("never", "never")),
+        (2, 1, ("always", "never")),
+        (2, 2, ("always", "never")),
+        (2, 2, ("never", "auto")),
+        (2, 2, ("auto", "auto")),
     ],
 )
-def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, uninterrupted, before, after, is_replicated):
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, uninterrupted, before, after, replicate):
     """And with the model divided or replicated, whichever it was."""
-    out, (was_replicated, becomes_replicated) = tmp_path / "out", is_replicated
-    fields = {"checkpoint_every": 3, "replicate": was_replicated}
+    out = tmp_path / "out"
+    fields = {"checkpoint_every": 3, "replicate": replicate[0], "async_save": False}  # or the kill may come before the file
     processes = ranks.start_ranks(before, ranks.run_sft, out, fields, KilledAtStep7)
     ranks.join(processes)
     assert [process.exitcode for process in processes] == [1] * (before - 1) + [-signal.SIGKILL]
     assert checkpoints_of(out) == ["step-00000006", "step-00000003"]
     manifest = read_manifest(out / "checkpoints" / "step-00000006")
     assert list(manifest["files"]) == [f"rank-{number:05d}.safetensors" for number in range(before)]
-    ranks.run_ranks(after, ranks.run_sft, out, {"checkpoint_every": 3, "replicate": becomes_replicated})
-    if before == after and not any(is_replicated):
-        assert_same_weights(out, uninterrupted[before][0])
+    ranks.run_ranks(after, ranks.run_sft, out, {"checkpoint_every": 3, "replicate": replicate[1]})
+    if before == after and replicate[0] == replicate[1]:
+        assert_same_weights(out, uninterrupted[before, "never" if replicate[0] == "never" else "always"][0])
     else:
-        expected = ranks.weights_of(uninterrupted[1][0])
+        expected = ranks.weights_of(uninterrupted[1, "never"][0])
         for name, weight in ranks.weights_of(out).items():
             assert rel_rms(weight, expected[name]) < RANKS_EQUAL_ONE[torch.float32], name
 
@@ -232,7 +240,7 @@ def test_a_write_that_fails_on_one_rank_is_raised_on_all(tmp_path, uninterrupted
     assert checkpoints_of(out) == ["step-00000004", "step-00000002"]
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
     ranks.run_ranks(2, ranks.run_sft, out, {})
-    assert_same_weights(out, uninterrupted[2][0])
+    assert_same_weights(out, uninterrupted[2, "never"][0])
 
 
 def make_state(seed=0):

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from m1 import distributed
-from m1.config import DistillConfig
+from m1.config import DistillConfig, TrainConfig
 from m1.modeling.loading import load_model, load_tokenizer
 from m1.training import distill as distill_module
+from m1.training import sharding
 from m1.training.select import Selection
 from tests.numerics import GOLDEN_LOSS, RANKS_EQUAL_ONE, ROUNDING, rel_rms
 from tests.training import ranks, tiny
@@ -108,7 +109,7 @@ def test_the_command_on_two_ranks(tmp_path):
     run_command(tmp_path, one)
     assert len(list((tmp_path / "cache" / "documents").iterdir())) == 1
     printed = (tmp_path / "two.printed-0").read_text()
-    assert "on 2 ranks of cpu, in float32" in printed
+    assert "on 2 ranks of cpu, whole on each, in float32" in printed
     assert f"The model is in {two}" in printed
     assert (tmp_path / "two.printed-1").read_text() == ""
     assert len((two / "metrics.jsonl").read_text().splitlines()) == 4
@@ -146,3 +147,26 @@ def test_a_rank_has_the_gpu_of_its_number_on_the_host(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, torch sees 2; start one process a GPU"):
         distributed.local_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("replicate", "count", "num_parameters", "expected"),
+    [
+        ("auto", 2, 500_000_000, False),  # 8 of 80 GB
+        ("auto", 2, 3_000_000_000, True),  # 48 of 80 GB
+        ("auto", 1, 3_000_000_000, False),
+        ("always", 2, 3_000_000_000, False),
+        ("never", 2, 500_000_000, True),
+    ],
+)
+def test_what_leaves_room_is_replicated(monkeypatch, replicate, count, num_parameters, expected):
+    monkeypatch.setattr(sharding, "is_distributed", lambda: True)
+    monkeypatch.setattr(sharding, "num_ranks", lambda: count)
+    monkeypatch.setattr(sharding, "is_any", lambda flag: flag)
+    monkeypatch.setattr(sharding, "_memory_of_rank", lambda device: 80e9)
+    assert sharding.divides(TrainConfig(replicate=replicate), num_parameters, torch.device("cpu")) is expected
+
+
+def test_replicate_is_a_word():
+    with pytest.raises(ValueError, match="replicate: expected 'auto', 'always' or 'never', got True"):
+        sharding.divides(TrainConfig(replicate=True), 1, torch.device("cpu"))

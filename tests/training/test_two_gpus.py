@@ -1,10 +1,12 @@
 """Two GPUs over NCCL: the same training as on one, and a run that loses a rank and goes on with another number of them."""
 
+import json
 import signal
 
 import pytest
 import torch
 
+from m1.training.select import Selection
 from tests.numerics import RANKS_EQUAL_ONE, ROUNDING, rel_rms
 from tests.training import ranks
 from tests.training.test_checkpoint import KilledAtStep7, checkpoints_of
@@ -20,13 +22,18 @@ CASES = [
     "sft, untied, biases, averaged",
     "sft, recomputed, kept gathered, bf16",
     "grpo",
+    "distill, bf16, replicated",
+    "grpo, replicated",
+    "on-policy, mamba2",
 ]
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
+def on_two(request, tmp_path_factory):
+    """Those of the cases that this session has asked for, in one pair of processes."""
     out = tmp_path_factory.mktemp("two-gpus")
-    ranks.run_ranks(2, ranks.run_cases, CASES, out, "cuda", device="cuda")
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    ranks.run_ranks(2, ranks.run_cases, [name for name in CASES if name in asked], out, "cuda", device="cuda")
     return out
 
 
@@ -42,9 +49,20 @@ def test_two_gpus_train_as_one_does(name, on_two, tmp_path):
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
-def test_a_run_goes_on_with_any_number_of_gpus(tmp_path, before, after):
-    out, fields = tmp_path / "out", {"device": "cuda", "checkpoint_every": 3}
+def test_two_gpus_select_as_one_does(tmp_path):
+    ranks.run_ranks(2, ranks.run_select, tmp_path, "cuda", device="cuda")
+    first, second = (Selection.from_json(json.loads((tmp_path / f"selection-{number}.json").read_text())) for number in (0, 1))
+    assert first == second
+    expected = ranks.run_select(tmp_path, "cuda")
+    assert first.ranking == expected.ranking
+    for one, other in zip(first.rounds, expected.rounds, strict=True):
+        assert one.kl_of_layer == pytest.approx(other.kl_of_layer, rel=RANKS_EQUAL_ONE[torch.float32])
+
+
+@pytest.mark.parametrize(("before", "after", "replicate"), [(1, 2, "auto"), (2, 1, "never"), (2, 2, "auto"), (2, 2, "never")])
+def test_a_run_goes_on_with_any_number_of_gpus(tmp_path, before, after, replicate):
+    out = tmp_path / "out"
+    fields = {"device": "cuda", "checkpoint_every": 3, "replicate": replicate, "async_save": False}
     processes = ranks.start_ranks(before, ranks.run_sft, out, fields, KilledAtStep7, device="cuda")
     ranks.join(processes)
     assert processes[-1].exitcode == -signal.SIGKILL

@@ -22,7 +22,7 @@ from m1.training.loop import Step, TrainResult, autocast, backpropagate, train
 from m1.training.optimizer import GROUPS, select_trainable
 from m1.training.packing import BatchStream, Document, PackedBatch
 from m1.training.run_directory import RunDirectory
-from m1.training.sharding import shard_model
+from m1.training.sharding import divides, shard_model
 
 FROZEN = tuple(group for group in GROUPS if group != "mixers")
 
@@ -130,7 +130,7 @@ def align(
     """
     stage = AlignStage(student, teacher, documents, config)
     select_trainable(student, FROZEN)
-    if not config.replicate:
+    if divides(config, sum(parameter.numel() for parameter in student.parameters()), student.device):
         shard_model(student, precision=config.precision, mixers_alone=True)
     return train(student, stage, config, directory=directory, progress=progress, title="align")
 

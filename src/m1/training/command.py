@@ -17,6 +17,7 @@ from m1.training.loop import TrainResult
 from m1.training.optimizer import select_trainable
 from m1.training.packing import Document
 from m1.training.run_directory import RunDirectory
+from m1.training.sharding import STATE_BYTES, divides
 from m1.training.sources import fingerprints, iterate_rows
 from m1.training.trackers import require_trackers
 
@@ -49,21 +50,34 @@ def run_training(
     with ranks(config.device, config.timeout) as device:
         tokenizer = load_tokenizer(config.model)
         data, words_on_data = read_data(tokenizer)
-        _require_training_memory(load_config(config.model), config, device, extra_bytes)
+        shape = load_config(config.model)
+        is_divided = divides(config, parameter_bytes(shape, 1), device)
+        _require_training_memory(shape, config, device, extra_bytes, is_divided=is_divided)
         model = load_model(config.model, dtype=torch.float32, device=device)
         select_trainable(model, frozen)
         _require_training_disk(model, config, f"m1 {command}")
-        _announce(command, config, model, words_on_data, directory)
+        _announce(command, config, model, words_on_data, directory, is_divided=is_divided)
         directory.create(tokenizer)
         result = train(model, tokenizer, data, directory)
         directory.export(model, metrics=result.last, tokens=result.tokens, seconds=round(result.seconds, 1))
         say(f"The model is in {directory.path}. Next: {next_command.format(out=config.out)}")
 
 
-def _announce(command: str, config: TrainConfig, model: M1ForCausalLM, words_on_data: str, directory: RunDirectory) -> None:
+def _announce(
+    command: str,
+    config: TrainConfig,
+    model: M1ForCausalLM,
+    words_on_data: str,
+    directory: RunDirectory,
+    *,
+    is_divided: bool,
+) -> None:
     """What is about to happen."""
     num_all, num_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (False, True))
-    layers, place = model.config, f"{num_ranks()} ranks of {model.device.type}" if num_ranks() > 1 else str(model.device)
+    layers = model.config
+    place = str(model.device)
+    if num_ranks() > 1:
+        place = f"{num_ranks()} ranks of {model.device.type}, {'divided among them' if is_divided else 'whole on each'}"
     say(f"m1 {command}: {config.model}, {layers.num_hidden_layers} layers of which {len(layers.attention_layers)} attention")
     say(f"  trains {num_trained / 1e6:.1f}M of {num_all / 1e6:.1f}M parameters on {place}, in {config.precision}")
     say(f"  data: {words_on_data}")
@@ -125,11 +139,13 @@ def _check_numbers(config: TrainConfig) -> None:
         )
 
 
-def _require_training_memory(model: M1Config, config: TrainConfig, device: torch.device, extra_bytes: int) -> None:
+def _require_training_memory(
+    model: M1Config, config: TrainConfig, device: torch.device, extra_bytes: int, *, is_divided: bool
+) -> None:
     """Compare what training needs on this rank with what is free. Raises MemoryError.
 
-    That is fp32 weights, gradients and two averages (divided among the ranks, once the whole weights have been loaded), and
-    activations: estimated as 16 hidden and 4 intermediate vectors a token and layer, or with gradient checkpointing one hidden
+    That is fp32 weights, gradients and two averages (of its share, once the whole weights have been loaded), and activations:
+    estimated as 16 hidden and 4 intermediate vectors a token and layer, or with gradient checkpointing one hidden
     vector a layer and one layer's whole.
     """
     width = 16 * model.hidden_size + 4 * model.intermediate_size
@@ -137,9 +153,12 @@ def _require_training_memory(model: M1Config, config: TrainConfig, device: torch
     if not config.gradient_checkpointing:
         vectors = width * model.num_hidden_layers
     itemsize = 2 if config.precision == "bfloat16" else 4
-    weights = parameter_bytes(model, 16) // (1 if config.replicate else num_ranks())
+    weights = parameter_bytes(model, STATE_BYTES) // (num_ranks() if is_divided else 1)
     needed = max(weights + config.tokens_per_batch * vectors * itemsize, parameter_bytes(model, 4)) + extra_bytes
-    purpose = f"training {config.model} (lower --tokens-per-batch, or add --gradient-checkpointing)"
+    remedies = ["lower --tokens-per-batch", "add --gradient-checkpointing"]
+    if num_ranks() > 1 and not is_divided:
+        remedies.append("divide the model by --replicate never")
+    purpose = f"training {config.model} ({', or '.join(remedies)})"
     if device.type == "cpu":
         require_memory(needed * num_local_ranks(), purpose)
         return

@@ -27,7 +27,7 @@ from m1.training.interruption import interruptible
 from m1.training.metrics import MetricsLog, Record
 from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_rates, squared_gradient_norm
 from m1.training.run_directory import RunDirectory
-from m1.training.sharding import add_gradients, forget_gathered, is_divided, shard_model, synchronize_gradients
+from m1.training.sharding import add_gradients, divides, forget_gathered, is_divided, shard_model, synchronize_gradients
 from m1.training.trackers import open_trackers
 from m1.training.working_copies import WorkingCopies
 
@@ -124,12 +124,12 @@ def train(
     """Train `model` in place for `config.steps` steps; with a `directory`, write metrics and checkpoints, and resume.
 
     The gradient of a step is that of the mean over all targets of the step, on all ranks, however it is cut into micro-batches.
-    Parameters that don't require gradients stay. With a process group the model is divided among the ranks and stays so, unless
-    `replicate` leaves it whole on each; with `ema_decay` it ends as the average of its weights. Raises TrainingDivergedError
+    Parameters that don't require gradients stay. With several ranks the model is whole on each or divided among them
+    (`sharding.divides`), and stays so; with `ema_decay` it ends as the average of its weights. Raises TrainingDivergedError
     before it would change a parameter by NaN, OSError for a checkpoint that can't be written (those before it stand), and
     KeyboardInterrupt after the step that was running when Ctrl-C came, once that is saved.
     """
-    if not config.replicate:
+    if divides(config, sum(parameter.numel() for parameter in model.parameters()), model.device):
         shard_model(model, precision=config.precision, reshard_after_forward=config.reshard_after_forward)
     optimizer = build_optimizer(model, config)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None

@@ -3,9 +3,11 @@
 Each parameter is a DTensor of which a rank holds some rows; a block's are gathered when it runs. The arithmetic is that of
 one process under autocast: matrices are gathered in the compute type, everything else (norms, embeddings, and the dynamics
 of the mixers, which bf16 would round) in float32, and gradients are summed in float32.
-A model that is not divided may be replicated: then its gradients are added over the ranks once a step (`add_gradients`).
+A model that is not divided is replicated: its gradients are added over the ranks once a step (`add_gradients`). That needs
+no gathering, and so few launches that the host never delays the GPU: it is the default for models that leave room (`divides`).
 """
 
+import os
 from collections.abc import Iterator
 from typing import cast
 
@@ -15,12 +17,35 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from m1.distributed import add_over_ranks, is_distributed, num_ranks, rank
+from m1.config import TrainConfig
+from m1.distributed import add_over_ranks, is_any, is_distributed, num_local_ranks, num_ranks, rank
 from m1.modeling import M1ForCausalLM
 
 # Linear layers whose weight a mixer takes without calling them: gathered with the block, in float32.
 NEVER_CALLED = ("dt_proj",)
 PIECE = 2**26  # numbers of gradients that are added over the ranks at once: 256 MiB
+STATE_BYTES = 16  # a parameter: fp32 weight, gradient and AdamW's two averages
+ROOMY = 0.25  # the share of a rank's memory that these may take for a model to be replicated; activations need the rest
+
+
+def divides(config: TrainConfig, num_parameters: int, device: torch.device) -> bool:
+    """Whether the ranks divide a model of so many parameters among them, rather than each holding it whole.
+
+    As `config.replicate` says; "auto" leaves it whole where it takes at most a quarter of every rank's memory, and without
+    other ranks. All ranks must ask together, and get the same answer. Raises ValueError for another word.
+    """
+    if config.replicate not in ("auto", "always", "never"):
+        raise ValueError(f"replicate: expected 'auto', 'always' or 'never', got {config.replicate!r}")
+    if not is_distributed() or config.replicate != "auto":
+        return is_distributed() and config.replicate == "never"
+    return num_ranks() > 1 and is_any(STATE_BYTES * num_parameters > ROOMY * _memory_of_rank(device))
+
+
+def _memory_of_rank(device: torch.device) -> float:
+    """Bytes of the device's memory, free or not; of main memory, the share of one of the host's ranks."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / num_local_ranks()
 
 
 def shard_model(
