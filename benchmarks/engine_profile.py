@@ -18,9 +18,10 @@ from torch.autograd import DeviceType
 from m1.engine import Engine
 
 NUM_SLOWEST = 8  # steps that are told
+FULL = 0.875  # of the places: the house counts as nearly full
 CLASSES = {
     "attention": r"_decode_split|_combine_kernel|flash|fmha|paged|_prefill",
-    "mixer": r"mamba|conv1d|_conv_|_update_kernel|_step_kernel|scan_fwd|_chunk|_state_",
+    "mixer": r"mamba|conv1d|_conv_|_update_kernel|step_kernel|scan_fwd|_chunk|_state_",
     "sampling": r"_scan_kernel|_finish_kernel",
     "norm": r"_norm_kernel",
     "rope and cache writes": r"_rope|_write_kernel|_rotary",
@@ -91,12 +92,15 @@ def profile(step: Callable[[], object], num_steps: int, num_kernels: int = 14) -
 
 
 class StepWatch:
-    """Steps of an engine, with what the host did in each: where a run is slower than its decode steps, this says in which."""
+    """Steps of an engine, with what the host did in each, and when the GPU had done it: where a run is slower than its decode
+    steps, this says in which."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.seconds: list[float] = []
         self.notes: list[str] = []
+        self.kinds: list[str] = []
+        self.ends = [_event_now()]
 
     def step(self) -> None:
         engine, graphs = self.engine, self.engine.runner._graphs
@@ -104,25 +108,45 @@ class StepWatch:
         start = time.perf_counter()
         engine.step()
         self.seconds.append(time.perf_counter() - start)
+        self.ends.append(_event_now())
         graphs = engine.runner._graphs
         batch = engine._core.in_flight[-1][0] if engine._core.in_flight else None
         note = f"capture {graphs.num_captured - num_captured} " if graphs and graphs.num_captured > num_captured else ""
+        kind = "capture" if note else "none"
         if batch is not None:
             prefill = sum(chunk.end - chunk.start for chunk in batch.prefill)
             note += f"decode {len(batch.slots)} prefill {prefill} moves {len(batch.moves)} starting {len(batch.starting)}"
+            if kind == "none":
+                is_full = len(batch.slots) >= FULL * engine.capacity.max_num_seqs
+                kind = "prefill" if prefill else "decode, nearly full" if is_full else "decode, fewer"
+        self.kinds.append(kind)
         self.notes.append(note)
 
     def summary(self) -> dict[str, Any]:
-        """Seconds inside steps, their median, and the slowest ones: (seconds, index, what was launched)."""
+        """Seconds inside steps, their median, the slowest ones: (seconds, index, what was launched), and by kind of step how
+        many there were and how long the GPU took to the end of each from the end of the one before, idle time included."""
         order = sorted(range(len(self.seconds)), key=lambda index: -self.seconds[index])
+        torch.cuda.synchronize()
+        by_kind: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+        for kind, before, after in zip(self.kinds, self.ends, self.ends[1:], strict=False):
+            by_kind[kind][0] += 1
+            by_kind[kind][1] += before.elapsed_time(after) / 1000
         return {
             "step_seconds": sum(self.seconds),
             "median_step_seconds": float(np.median(self.seconds)),
+            "gpu_seconds_by_kind": dict(by_kind),
             "slowest_steps": [(self.seconds[index], index, self.notes[index]) for index in order[:NUM_SLOWEST]],
         }
 
     def show(self) -> None:
         found = self.summary()
-        print(f"  in steps {found['step_seconds']:.2f} s, median {1000 * found['median_step_seconds']:.2f} ms; slowest:")
+        print(f"  in steps {found['step_seconds']:.2f} s, median {1000 * found['median_step_seconds']:.2f} ms; GPU:", end=" ")
+        print("; ".join(f"{kind}: {n} in {seconds:.3f} s" for kind, (n, seconds) in found["gpu_seconds_by_kind"].items()))
         for seconds, index, note in found["slowest_steps"]:
             print(f"    {1000 * seconds:8.1f} ms  step {index:5}  {note}", flush=True)
+
+
+def _event_now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

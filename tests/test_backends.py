@@ -261,6 +261,8 @@ def test_no_server_and_no_url(monkeypatch):
         ({"model": "m", "backend": "server"}, "--url is needed"),
         ({"model": "m", "backend": "vllm", "url": "http://x"}, "leave out --backend vllm"),
         ({"model": "m", "concurrency": -1}, "--concurrency"),
+        ({"model": "m", "quantization": "fp8", "backend": "transformers"}, "--quantization fp8: M1's engine alone"),
+        ({"model": "m", "quantization": "fp8", "url": "http://x"}, "--quantization fp8: M1's engine alone"),
         ({"model": "./nowhere"}, "no such model directory"),
         ({"model": "./nowhere", "backend": "transformers"}, "no such model directory"),
     ],
@@ -268,6 +270,21 @@ def test_no_server_and_no_url(monkeypatch):
 def test_what_cannot_be_opened_is_named(options, message):
     with pytest.raises((ValueError, OSError), match=message):
         open_backend(SolveConfig(**options))
+
+
+def test_an_engine_in_8_bits_says_so(tmp_path):
+    """And its samples are not taken for those of the same model in 16: they are close, and other ones."""
+    tiny_model(initializer_range=0.1).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    plain, quantized = (
+        open_backend(SolveConfig(model=str(tmp_path), device="cpu", quantization=kind)) for kind in ("none", "fp8")
+    )
+    assert " in fp8, " in quantized.description
+    assert quantized.facts["dtype"] == "fp8"
+    assert quantized.identity == plain.identity | {"quantization": "fp8"}
+    params = {"temperature": 0.0, "max_tokens": 1, "seed": 0}
+    found = [backend.generate([SampleRequest("ab", 1, params)], Watch())[0][0] for backend in (plain, quantized)]
+    assert 0 < abs(found[0].mean_logprob - found[1].mean_logprob) < 0.5
 
 
 def test_what_vllm_gives_in_pieces_is_put_together(fake_vllm):

@@ -54,6 +54,8 @@ def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backe
         raise ValueError(f"--concurrency: expected at least 0, got {config.concurrency}")
     if config.url and config.backend not in ("engine", "server"):
         raise ValueError(f"--url: a server has its own backend; leave out --backend {config.backend}")
+    if config.quantization != "none" and (config.url or config.backend != "engine"):
+        raise ValueError(f"--quantization {config.quantization}: M1's engine alone has it; leave out --url and --backend")
     if config.url or config.backend == "server":
         return _open_server(config)
     if config.backend == "engine":
@@ -61,6 +63,8 @@ def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backe
     else:
         opened = {"transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
     opened.identity = {"model": config.model, "backend": config.backend, "weights": fingerprint(config.model)}
+    if config.quantization != "none":
+        opened.identity["quantization"] = config.quantization
     return opened
 
 
@@ -97,14 +101,18 @@ def other_ranks_serving(config: SamplingConfig, *, has_deadline: bool = False) -
 
 
 def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
+    import torch
+
     from m1.distributed import local_device
     from m1.engine.llm import Engine
     from m1.modeling.loading import inference_dtype, load_tokenizer
 
     device = local_device(config.device)
     concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
-    dtype = inference_dtype(device)
-    return Engine(config.model, load_tokenizer(config.model), dtype=dtype, device=device, max_num_seqs=concurrency)
+    options: dict[str, Any] = {"dtype": inference_dtype(device), "device": device, "max_num_seqs": concurrency}
+    if config.quantization == "fp8":
+        options |= {"quantization": "fp8", "kv_cache_dtype": "fp8", "state_dtype": torch.bfloat16}
+    return Engine(config.model, load_tokenizer(config.model), **options)
 
 
 def _open_engine(config: SamplingConfig, has_deadline: bool) -> Backend:
@@ -114,7 +122,7 @@ def _open_engine(config: SamplingConfig, has_deadline: bool) -> Backend:
 
     engine = _load_engine(config, has_deadline)
     layers, capacity, weight = engine.model.config, engine.capacity, engine.model.model.embed_tokens.weight
-    dtype = str(weight.dtype).removeprefix("torch.")
+    dtype = str(weight.dtype).removeprefix("torch.") if config.quantization == "none" else config.quantization
     places = f"on {weight.device}" if num_ranks() == 1 else f"on each of {num_ranks()} ranks"
     assert engine.tokenizer is not None
     return Backend(
