@@ -83,3 +83,15 @@ def test_faults_of_ours_are_not_called_mistakes():
     assert not cli.is_users_mistake(KeyError("x"))
     assert cli.is_users_mistake(FileNotFoundError("x"))
     assert cli.is_users_mistake(MemoryError("x"))
+
+
+def test_rates_of_single_groups(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[sft.learning_rates]\nattention = 1e-6\n")
+    _, config = cli.parse(["sft", str(recipe)])
+    assert config.learning_rates == {"attention": 1e-6}
+    _, config = cli.parse(["sft", "--learning-rates", "mlp", "2e-5", "norms", "3e-5"])
+    assert config.learning_rates == {"mlp": 2e-5, "norms": 3e-5}
+    recipe.write_text("[sft.learning_rates]\nheads = 1e-6\n")
+    with pytest.raises(ValueError, match=r"learning_rates = .* does not fit"):
+        cli.parse(["sft", str(recipe)])

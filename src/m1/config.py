@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 MixerName = Literal["mamba1", "mamba2"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+ParameterGroup = Literal["mixers", "attention", "mlp", "norms", "embeddings"]
 
 PROBLEM_SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."
 """What is added to every problem, in training and in solving: the instruction that M1 was trained with (arXiv 2504.10449)."""
@@ -111,7 +112,9 @@ class TrainConfig:
     """Peak rate of everything that is not a mixer and not frozen."""
     mixer_learning_rate: float | None = None
     """Peak rate of the mixers; learning_rate unless given."""
-    frozen: list[Literal["mixers", "attention", "mlp", "norms", "embeddings"]] = field(default_factory=list)
+    learning_rates: dict[ParameterGroup, float] | None = None
+    """Peak rates of single groups of parameters, before the two above: --learning-rates attention 1e-6 norms 1e-5."""
+    frozen: list[ParameterGroup] = field(default_factory=list)
     """Groups of parameters that stay as they are."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""

@@ -64,6 +64,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items())
     if origin is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(_fits, value, arguments))
     if hint is float:

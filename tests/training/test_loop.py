@@ -181,6 +181,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, uninterrupt
     assert metrics(tmp_path / "out") == uninterrupted[1]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
+    with pytest.raises(RuntimeError, match="lost"):
+        run(tmp_path / "out", at=5, failure=fail)
+    for path in list_checkpoints(tmp_path / "out" / "checkpoints"):
+        flip_a_bit(path)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text()
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="every checkpoint is damaged; restore"):
+        run(tmp_path / "out")
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == lines
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, uninterrupted, monkeypatch):
     real, saves = checkpoint_writer.save_file, []
 

@@ -56,8 +56,21 @@ def test_groups_have_their_rates_and_frozen_ones_are_absent():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_every_group_can_have_its_own_rate():
+    """The mixers' own goes before mixer_learning_rate; what is not named has learning_rate."""
+    named = {"mixers": 3e-3, "attention": 2e-6, "embeddings": 1e-6}
+    config = TrainConfig(learning_rate=1e-3, mixer_learning_rate=5e-3, learning_rates=named, warmup_steps=0)
+    optimizer = build_optimizer(tiny.model(), config)
+    rates = {group_of(name): group["peak_lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates == named | {"mlp": 1e-3, "norms": 1e-3}
+    logged = {"lr": 1e-3, "lr_mixers": 3e-3, "lr_attention": 2e-6, "lr_embeddings": 1e-6}
+    assert set_learning_rates(optimizer, 0, config) == pytest.approx(logged)
+
+
 def test_mistakes_are_named():
     model = tiny.model()
+    with pytest.raises(ValueError, match=r"learning_rates: expected rates of some of mixers, .* got one of 'heads'"):
+        build_optimizer(model, TrainConfig(learning_rates={"heads": 1e-3}))
     with pytest.raises(ValueError, match="frozen: expected some of mixers"):
         select_trainable(model, ["heads"])
     with pytest.raises(ValueError, match="leaves no parameter"):

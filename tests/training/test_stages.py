@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m1.config import AlignConfig, DistillConfig, GRPOConfig, SFTConfig
+from m1.config import AlignConfig, DistillConfig, GRPOConfig, OnPolicyConfig, SFTConfig
 from m1.modeling.loading import load_model
 from m1.storage import read_run_record
 from m1.training import align as align_module
@@ -16,14 +16,17 @@ from m1.training import grpo as grpo_module
 from m1.training import sft as sft_module
 from m1.training.align import AlignStage, align
 from m1.training.distill import DistillStage, compare, distill
-from m1.training.loop import _accumulate
+from m1.training.loop import _accumulate, train
 from m1.training.losses import target_states
 from m1.training.metrics import read_metrics
-from m1.training.optimizer import group_of
+from m1.training.on_policy import OnPolicyStage
+from m1.training.optimizer import group_of, select_trainable
 from m1.training.packing import pack
+from m1.training.rollouts import EngineSampler
+from m1.training.run_directory import RunDirectory
 from m1.training.sft import SFTStage, sft
 from tests.numerics import REL_RMS, rel_rms
-from tests.training import tiny
+from tests.training import ranks, tiny
 
 FAST = {"tokens_per_step": 80, "tokens_per_batch": 40, "max_length": 30, "warmup_steps": 2, "learning_rate": 1e-2}
 
@@ -265,3 +268,53 @@ def test_teachers_of_another_tokenizer_are_refused(directories, tmp_path):
 def test_memory_estimate_counts_the_model_once(directories):
     model = load_model(directories / "hybrid")
     assert command.parameter_bytes(model.config, 1) == sum(p.numel() for p in model.parameters())
+
+
+class Lost(RuntimeError):
+    """What ends a run in the middle."""
+
+
+def run_stage(name, out, *, lost_at=None):
+    """5 steps of a stage in the directory `out`, from where it stands to where it is lost: the model."""
+    sizes = {"tokens_per_step": 60, "tokens_per_batch": 30, "max_length": 30, "precision": "float32", "checkpoint_every": 2}
+    common = sizes | {"out": str(out), "steps": 5, "mixer_learning_rate": 1e-2, "warmup_steps": 1}
+    student = tiny.model(attention=(1,), layers=3)
+    teacher, documents = tiny.teacher_of(student), tiny.documents(20)
+    if name == "align":
+        config, frozen = AlignConfig(**common), align_module.FROZEN
+        stage = AlignStage(student, teacher, documents, config)
+    elif name == "distill":
+        config, frozen = DistillConfig(**common), []
+        stage = DistillStage(student, teacher, documents, config)
+    else:
+        config, frozen = OnPolicyConfig(**common, problems_per_step=3, max_new_tokens=5), []
+        sampler = EngineSampler(student, None, precision="float32", max_length=20)
+        stage = OnPolicyStage(student, teacher, ranks.PROMPTS, config, sampler=sampler)
+    draw = stage.draw
+
+    def draw_or_be_lost(step):
+        if step == lost_at:
+            raise Lost
+        return draw(step)
+
+    stage.draw = draw_or_be_lost
+    select_trainable(student, frozen)
+    directory = RunDirectory(name, config)
+    directory.create()
+    train(student, stage, config, directory=directory, progress=False)
+    return student
+
+
+@pytest.mark.parametrize("name", ["align", "distill", "on-policy"])
+def test_resumed_is_uninterrupted(name, tmp_path):
+    """To the bit; what a stage measured at its first step, as alignment does, is not measured anew."""
+    whole = run_stage(name, tmp_path / "whole")
+    with pytest.raises(Lost):
+        run_stage(name, tmp_path / "parts", lost_at=3)
+    resumed = run_stage(name, tmp_path / "parts")
+    start = tiny.model(attention=(1,), layers=3)
+    for key, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(key)), key
+    assert not torch.equal(whole.model.layers[0].mixer.out_proj.weight, start.model.layers[0].mixer.out_proj.weight)
+    losses = [[record["loss"] for record in read_metrics(tmp_path / out / "metrics.jsonl")] for out in ("whole", "parts")]
+    assert losses[0] == losses[1]

@@ -93,9 +93,11 @@ def random_state() -> dict[str, Tensor]:
 def load_newest_checkpoint(directory: Path, state: TrainingState) -> tuple[int, dict[str, Any]] | None:
     """Put the newest whole checkpoint into `state`; (steps done, position of the data), or None without one.
 
-    Damaged ones are passed over with a warning. Raises ValueError for one of another model.
+    Damaged ones are passed over with a warning. Raises ValueError for one of another model, and if all are damaged: what to do
+    then is not for a program to decide.
     """
-    for path in from_first(list_checkpoints(directory)):
+    paths = from_first(list_checkpoints(directory))
+    for path in paths:
         if damage := next(filter(None, gather(_damage(path))), None):
             if is_first():
                 warnings.warn(f"{path} is damaged ({damage}): going back to the checkpoint before it", stacklevel=2)
@@ -104,6 +106,8 @@ def load_newest_checkpoint(directory: Path, state: TrainingState) -> tuple[int, 
         with ExitStack() as stack:
             state.restore(_Reader(path, manifest, stack))
         return manifest["step"], manifest["position"]
+    if paths:
+        raise ValueError(f"{directory}: every checkpoint is damaged; restore one, or delete this directory to start anew")
     return None
 
 

@@ -40,25 +40,34 @@ def select_trainable(model: nn.Module, frozen: Collection[str]) -> None:
         raise ValueError(f"frozen: {', '.join(frozen)} leaves no parameter of this model to train")
 
 
+def peak_rates(config: TrainConfig) -> dict[str, float]:
+    """The peak rate of each group that has one of its own; all others have `learning_rate`. ValueError for an unknown group."""
+    rates: dict[str, float] = {} if config.mixer_learning_rate is None else {"mixers": config.mixer_learning_rate}
+    for group in config.learning_rates or {}:
+        if group not in GROUPS:
+            raise ValueError(f"learning_rates: expected rates of some of {', '.join(GROUPS)}, got one of {group!r}")
+    return rates | dict(config.learning_rates or {})
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over the trainable parameters; each group has `peak_lr`, which `set_learning_rates` scales.
 
     Groups keep `names` beside `params`, in the same order, so that checkpoints are by name.
     """
-    mixer_rate = config.learning_rate if config.mixer_learning_rate is None else config.mixer_learning_rate
-    groups: dict[tuple[bool, bool], dict] = {}
+    rates = peak_rates(config)
+    groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.dtype != torch.float32:
             raise ValueError(f"model: master weights must be float32, {name} is {parameter.dtype}; load it with dtype=float32")
-        is_mixer, decays = group_of(name) == "mixers", is_decayed(name, parameter)
+        rate, decays = rates.get(group_of(name), config.learning_rate), is_decayed(name, parameter)
         group = groups.setdefault(
-            (is_mixer, decays),
+            (rate, decays),
             {
                 "params": [],
                 "names": [],
-                "peak_lr": mixer_rate if is_mixer else config.learning_rate,
+                "peak_lr": rate,
                 "weight_decay": config.weight_decay if decays else 0.0,
             },
         )
@@ -77,14 +86,12 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> dict[str, float]:
-    """Set every group's rate for `step`; the rates by what they drive ("lr", and "lr_mixers" where those have their own)."""
+    """Set every group's rate for `step`; the rates by what they drive: "lr", and "lr_mixers" and so on where given apart."""
     factor = learning_rate_factor(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    rates = {"lr": config.learning_rate * factor}
-    if config.mixer_learning_rate is not None:
-        rates["lr_mixers"] = config.mixer_learning_rate * factor
-    return rates
+    apart = {f"lr_{name}": peak * factor for name, peak in peak_rates(config).items()}
+    return {"lr": config.learning_rate * factor, **apart}
 
 
 def squared_gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
