@@ -158,7 +158,7 @@ def _scan_cases(model: str, lengths: list[int], is_x_repeated: bool, has_referen
             build_reference_forward=reference_forward,
             build_with=both,
             default=default,
-            fields={"gradients": _backward_tiles(), "chunk_gradients": _forward_tiles(), "chunk": chunks},
+            fields={"readers": _backward_tiles(), "writers": _backward_tiles(), "chunk": chunks},
         ),
     ]
 
@@ -167,8 +167,8 @@ def _forward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(2, 1, 3), Tile(4, 1, 1), Tile(4, 1, 2), Tile(4, 1, 3), Tile(4, 1, 4), Tile(4, 2, 3), Tile(4, 4, 3), Tile(8, 1, 2),
-        Tile(4, 1, 3, 96), Tile(4, 1, 3, 112), Tile(2, 1, 4, 80),
+        Tile(4, 1, 3), Tile(4, 2, 3), Tile(4, 4, 3), Tile(4, 1, 3, 96), Tile(2, 1, 3, None, 2), Tile(4, 1, 3, None, 2),
+        Tile(4, 1, 3, 128, 2), Tile(4, 2, 3, 128, 2), Tile(2, 1, 3, 128, 2), Tile(4, 2, 3, None, 2),
     ]  # fmt: skip
 
 
@@ -176,8 +176,8 @@ def _backward_tiles() -> list[Any]:
     from m1.kernels.selective_scan.triton_impl import Tile
 
     return [
-        Tile(2, 1, 3), Tile(2, 1, 3, 112), Tile(2, 1, 3, 128), Tile(2, 1, 3, 144), Tile(2, 1, 3, 168), Tile(2, 1, 4, 128),
-        Tile(4, 1, 3, 168), Tile(4, 1, 3), Tile(4, 1, 2, 168),
+        Tile(1, 1, 3, None, 2), Tile(2, 1, 3, None, 2), Tile(2, 1, 2, None, 2), Tile(1, 2, 3, None, 2), Tile(2, 2, 3, None, 2),
+        Tile(1, 1, 4, None, 2), Tile(2, 1, 3), Tile(4, 1, 3), Tile(2, 1, 3, 168), Tile(1, 1, 3, 168, 2),
     ]  # fmt: skip
 
 

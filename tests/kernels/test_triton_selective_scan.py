@@ -16,7 +16,7 @@ from m1.kernels.selective_scan import triton_impl as kernel
 
 Dims = tuple[int, int, int, int, int]  # H, G, Gx, P, N
 SMALL_TILE = kernel.Tile(4)
-SMALL = kernel.ScanConfig(8, SMALL_TILE, SMALL_TILE, SMALL_TILE, kernel.Tile(2))
+SMALL = kernel.ScanConfig(8, SMALL_TILE, SMALL_TILE, SMALL_TILE, kernel.Tile(2, channels=2))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_a_table_serves_while_its_bounds_are_the_same(device: str) -> None:
         ([17, 1, 30], (3, 1, 3, 4, 4), torch.float32),
         ([23], (2, 2, 1, 3, 130), torch.float32),
         ([9, 12], (4, 2, 2, 16, 16), torch.bfloat16),
-        ([11], (9, 3, 9, 8, 4), torch.bfloat16),  # a head count that divides no block
+        ([11], (9, 3, 9, 8, 4), torch.bfloat16),  # groups that programs of 8 heads divide
     ],
 )
 def test_outputs_states_and_gradients(lengths: list[int], dims: Dims, dtype: torch.dtype, device: str) -> None:
@@ -169,6 +169,7 @@ def test_at_length(lengths: list[int], dims: Dims, dtype: torch.dtype) -> None:
         kernel.ScanConfig(128, *(kernel.Tile(8, 1, 2),) * 4),
         kernel.ScanConfig(100, *(kernel.Tile(4, 2, 3),) * 4),
         kernel.ScanConfig(64, *(kernel.Tile(2, max_registers=128),) * 4),
+        kernel.ScanConfig(256, *(kernel.Tile(2, channels=2),) * 4),
     ],
 )
 def test_launch_sizes_do_not_matter(config: kernel.ScanConfig) -> None:

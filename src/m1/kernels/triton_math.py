@@ -133,3 +133,26 @@ def add_rows(total, values, weights, step, STEPS: tl.constexpr, AXIS: tl.constex
         value = tl.sum(tl.where(step == k, value_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
         total += value * tl.sum(tl.where(step == k, weight_bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
     return total
+
+
+@triton.jit
+def running_sums(values, carry, step, STEPS: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr):
+    """carry + the sums of rows 0 … k, or of rows k … STEPS - 1 in REVERSE: for every k, and the sum of all."""
+    bits = values.to(tl.int32, bitcast=True)
+    sums = values
+    for k in tl.static_range(STEPS):
+        is_k = step == (STEPS - 1 - k if REVERSE else k)
+        carry += tl.sum(tl.where(is_k, bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
+        sums = tl.where(is_k, tl.expand_dims(carry, AXIS), sums)
+    return sums, carry
+
+
+@triton.jit
+def running_products(values, carry, step, STEPS: tl.constexpr, AXIS: tl.constexpr):
+    """carry times the products of rows 0 … k: for every k, and the product of all."""
+    bits = values.to(tl.int32, bitcast=True)
+    products = values
+    for k in tl.static_range(STEPS):
+        carry *= tl.sum(tl.where(step == k, bits, 0), axis=AXIS).to(tl.float32, bitcast=True)
+        products = tl.where(step == k, tl.expand_dims(carry, AXIS), products)
+    return products, carry

@@ -1,11 +1,12 @@
 """The forward kernels of the selective scan: what a chunk does to a state, the carry between chunks, the outputs.
 
-Tiles have the axes [h, n, t, p]: `HB` heads, `BN` >= N states, `STEPS` tokens, `PB` rows of a head. The lanes of a warp go
-to (h, p), a channel each; n and t stay inside a thread, n innermost. There the recurrence over t is plain register arithmetic
-(triton_math.scan_rows), a sum over n is a chain of additions, and what depends on (t, p) alone (softplus, gate) is computed
-once. Triton gives lanes to the axis along which the loads of A are contiguous, and several elements to a lane where it knows
-them to be aligned. So A and the states in scratch memory lie transposed, [N, H·P], and their addresses contain `zero`, an
-argument that is 0 and of which the compiler knows nothing.
+Tiles have the axes [h, n, t, p]: `HB` heads, `BN` >= N states, `STEPS` tokens, `PB` rows of a head. The lanes of a warp go to
+(h, p), CHANNELS to each, side by side; n and t stay inside a thread, n innermost. There the recurrence over t is plain
+register arithmetic (triton_math.scan_rows), a sum over n is a chain of additions, what depends on (t, p) alone (softplus,
+gate) is computed once, and what a lane reads of B and C serves its channels. Triton gives lanes to the axis along which the
+loads of A are contiguous, and several elements to a lane where it knows them to be aligned. So A and the states in scratch
+memory lie transposed, [N, H·P], and their addresses contain CHANNELS times `zero`, an argument that is 0 and of which the
+compiler knows nothing.
 """
 
 import triton
@@ -40,7 +41,7 @@ def scan_chunk_kernel(
     x_token, x_head, dt_token, dt_head, b_token, b_head, c_token, c_head, z_token, z_head,
     H, x_repeat, b_repeat, zero,
     P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    HB: tl.constexpr, PB: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
+    HB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_FINAL: tl.constexpr,
     SOFTPLUS: tl.constexpr, WITH_OUTPUT: tl.constexpr, ENTRY_IS_OUTER: tl.constexpr, IS_INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -60,6 +61,7 @@ def scan_chunk_kernel(
         return
     head, row, exists, _ = tile_channels(H, P, HB, PB)
     size = H * P
+    zero *= CHANNELS
     channel = head * P + row  # [HB, 1, PB]
     n = tl.arange(0, BN)[None, :, None, None]
     has_element = exists[:, None, :, :] & (n < N)

@@ -11,8 +11,8 @@ Floors on an H100 (3.0 TB/s; 132 multiprocessors x 16 exponentials x 1.7 GHz = 3
 - forward: reads x, dt, B, C, z, writes y: 2T(4·H·P + 2·G·P) = 470 MB, 157 µs; T·H·P·(N + 2) exponentials (decay,
   softplus, gate), 252 µs: floor 252 µs. This implementation takes each decay twice.
 - backward: reads x, dt, B, C, z, dy and writes dx, ddt, dB, dC, dz: 2T(7·H·P + 4·G·P) = 839 MB, 280 µs; 252 µs of
-  exponentials: floor 280 µs. This implementation takes each decay three times, and moves 4T·H·P·(1 + N/chunk) twice as
-  scratch.
+  exponentials: floor 280 µs. This implementation takes each decay twice, reads x, dt, B, C, z, dy twice, and writes and
+  reads 4T·H·P·(1 + 3N/chunk) as scratch. Its sweeps take about 38 instructions for each of the T·H·P·N states.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ import triton
 from torch import Tensor
 
 from m1.kernels.chunk_table import ChunkTable, cut_documents, document_bounds
-from m1.kernels.launch import IS_INTERPRETED, dot_dtype, num_multiprocessors, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, num_multiprocessors, with_unit_stride
+from m1.kernels.partial_sums import sum_partials
 from m1.kernels.selective_scan import triton_backward as backward
 from m1.kernels.selective_scan import triton_forward as forward
 from m1.kernels.selective_scan.triton_update import selective_state_update
@@ -32,33 +33,38 @@ __all__ = ["ScanConfig", "Tile", "choose_config", "selective_scan", "selective_s
 
 CARRY_BLOCK, CARRY_ROWS, SUM_BLOCK = 128, 8, 1024
 WARP = 32
-MOST_HEADS = 8  # that a program's tensor-core sums over rows have columns for
+MOST_HEADS = 16  # that a program's tensor-core sums over rows have columns for
 COMMON = {"zero": 0, "IS_INTERPRETED": IS_INTERPRETED}
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time: tokens, and a channel a lane of its warps; and how it is launched."""
+    """What one program works on at a time: tokens, and for each lane of its warps some channels, side by side, so that what a
+    lane reads of B and C serves them all; and how it is launched.
+    """
 
     steps: int
     num_warps: int = 1
     num_stages: int = 1
     max_registers: int | None = None
+    channels: int = 1
 
     @property
     def launch(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def sizes(self, P: int, N: int) -> dict[str, int]:
-        """Constants of the kernels. A lane holds all states of its channel, so many states leave room for few tokens."""
-        lanes, states = WARP * self.num_warps, triton.next_power_of_2(N)
-        rows = min(triton.next_power_of_2(P), lanes)
+        """Constants of the kernels. A lane holds all states of its channels, so many states leave room for few others."""
+        states = triton.next_power_of_2(N)
+        channels = min(self.channels, triton.next_power_of_2(P), max(32 // states, 1))
+        rows = min(triton.next_power_of_2(P), WARP * self.num_warps * channels)
         return {
             "P": P,
             "N": N,
             "BN": states,
             "STEPS": min(self.steps, max(64 // states, 1)),
-            "HB": lanes // rows,
+            "HB": WARP * self.num_warps * channels // rows,
             "PB": rows,
+            "CHANNELS": channels,
             "STAGES": self.num_stages,
         }
 
@@ -69,15 +75,23 @@ class ScanConfig(NamedTuple):
     chunk: int
     states: Tile
     outputs: Tile
-    chunk_gradients: Tile
-    gradients: Tile
+    readers: Tile
+    writers: Tile
 
 
 def choose_config(num_tokens: int, num_channels: int, multiprocessors: int) -> ScanConfig:
-    """Chunks as long as leave about 24 warps a multiprocessor, between 32 and 128 tokens (see triton_backward on rounding)."""
-    length = max(num_tokens * num_channels // (WARP * 24 * multiprocessors), 1)
-    chunk = min(max(triton.next_power_of_2(length), 32), 128)
-    return ScanConfig(chunk, Tile(4, 4, 3), Tile(4, 2, 3), Tile(4, 1, 3, 112), Tile(2, 1, 3))
+    """Chunks as long as leave about 12 warps of 64 channels a multiprocessor, between 32 and 256 tokens (longer ones cost
+    accuracy: see triton_backward.py).
+    """
+    length = max(num_tokens * num_channels // (2 * WARP * 12 * multiprocessors), 1)
+    chunk = min(max(1 << (length.bit_length() - 1), 32), 256)
+    return ScanConfig(
+        chunk,
+        states=Tile(4, 1, 3, channels=2),
+        outputs=Tile(4, 1, 3, channels=2),
+        readers=Tile(1, 1, 4, channels=2),
+        writers=Tile(1, 1, 4, channels=2),
+    )
 
 
 def selective_scan(
@@ -143,8 +157,9 @@ class _SelectiveScan(torch.autograd.Function):
         x, dt, A, B, C, D, z, dt_bias, initial_state, entry = ctx.saved_tensors
         inputs, chunks = _Inputs.prepare(x, dt, A, B, C, D, z, dt_bias, ctx.softplus), ctx.chunks
         dy = x.new_zeros(inputs.shape) if dy is None else with_unit_stride(dy)
-        q_end = _q_ends(inputs, chunks, dy, d_final, ctx.config.chunk_gradients)
-        gradients = _scan_chunks_backward(inputs, chunks, ctx.config, dy, entry, q_end, initial_state is not None)
+        d_final = None if d_final is None else d_final.float().contiguous()
+        swept = _sweep_readers(inputs, chunks, ctx.config.readers, dy, entry, d_final is not None)
+        gradients = _sweep_writers(inputs, chunks, ctx.config.writers, dy, entry, d_final, swept, initial_state is not None)
         originals = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         typed = [g if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, originals, strict=True)]
         return *typed, None, None, None, None
@@ -250,67 +265,102 @@ def _carry(
     )  # fmt: skip
 
 
-def _q_ends(inputs: _Inputs, chunks: ChunkTable, dy: Tensor, d_final: Tensor | None, tile: Tile) -> Tensor | None:
-    """∂L/∂(state that leaves each chunk), in the layout of `_entry_states`; None for zeros everywhere."""
-    d_final = None if d_final is None else d_final.float().contiguous()
-    if chunks.is_one_each:
-        return d_final
-    H, P, N = inputs.state_shape
-    q = torch.empty(chunks.num_chunks, N, H * P, dtype=torch.float32, device=dy.device)
-    delta_sum = torch.empty(chunks.num_chunks, H * P, dtype=torch.float32, device=dy.device)
-    strides = {name: stride for name, stride in inputs.strides(dy).items() if name[0] not in "xb"}
-    backward.chunk_gradient_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
-        inputs.dt, inputs.A, inputs.C, inputs.z, inputs.dt_bias, dy, q, delta_sum, chunks.rows,
-        **strides, H=H, **tile.sizes(P, N),
-        HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None, SOFTPLUS=inputs.softplus,
-        **COMMON, **tile.launch,
+class _Swept(NamedTuple):
+    """What the backward's first sweep leaves; see reader_gradient_kernel. `q` only where documents have several chunks."""
+
+    dC: Tensor
+    dA: Tensor
+    dz: Tensor | None
+    correlation: Tensor
+    q: Tensor | None
+    delta_sum: Tensor
+    final_state: Tensor | None
+
+
+def _is_half(inputs: _Inputs, sizes: dict[str, int]) -> bool:
+    """Whether the sums over rows may be as inexact as halves are: see store_row_sums."""
+    return inputs.B.dtype != torch.float32 and inputs.C.dtype != torch.float32 and sizes["HB"] <= MOST_HEADS
+
+
+def _rows_of_dB(inputs: _Inputs, sizes: dict[str, int]) -> tuple[int, int, int]:
+    """For the writer's kernel: rows of its partial dB a program, heads a row, and rows a token. A row is of a head, or, where a
+    program has several heads and B is shared, of those of a program's heads that share it.
+    """
+    H, HB = inputs.state_shape[0], sizes["HB"]
+    share = H // inputs.B.shape[1]
+    if HB == 1 or share == 1 or not _is_half(inputs, sizes):
+        return HB, 1, H
+    slots = min(HB, (HB + share - 2) // share + 1)
+    return slots, share, triton.cdiv(H, HB) * slots
+
+
+def _sweep_readers(
+    inputs: _Inputs, chunks: ChunkTable, tile: Tile, dy: Tensor, entry: Tensor | None, has_final: bool
+) -> _Swept:
+    T, H, P = inputs.shape
+    N, sizes, device = inputs.state_shape[2], tile.sizes(P, inputs.state_shape[2]), dy.device
+    states = (chunks.num_chunks, N, H * P)
+    swept = _Swept(
+        dC=torch.empty(T, H, triton.cdiv(P, sizes["PB"]), N, dtype=inputs.C.dtype, device=device),
+        dA=torch.empty(states, dtype=torch.float32, device=device),
+        dz=None if inputs.z is None else torch.empty(T, H, P, dtype=inputs.z.dtype, device=device),
+        correlation=torch.empty(T, H, P, dtype=torch.float32, device=device),
+        q=None if chunks.is_one_each else torch.empty(states, dtype=torch.float32, device=device),
+        delta_sum=torch.empty(chunks.num_chunks, H * P, dtype=torch.float32, device=device),
+        final_state=torch.empty(chunks.num_sequences, *states[1:], dtype=torch.float32, device=device) if has_final else None,
+    )
+    backward.reader_gradient_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
+        inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, dy, entry, *swept, chunks.rows,
+        **inputs.strides(dy), **inputs.heads, **sizes,
+        HAS_D=inputs.D is not None, HAS_Z=inputs.z is not None, HAS_BIAS=inputs.dt_bias is not None,
+        HAS_ENTRY=entry is not None, HAS_FINAL=has_final, WITH_Q=swept.q is not None, SOFTPLUS=inputs.softplus,
+        ENTRY_IS_OUTER=chunks.is_one_each, IS_HALF=_is_half(inputs, sizes), **COMMON, **tile.launch,
     )  # fmt: skip
-    _carry(q, delta_sum, inputs, chunks, d_final, reverse=True)
-    return q
+    return swept
 
 
-def _scan_chunks_backward(
+def _sweep_writers(
     inputs: _Inputs,
     chunks: ChunkTable,
-    config: ScanConfig,
+    tile: Tile,
     dy: Tensor,
     entry: Tensor | None,
-    q_end: Tensor | None,
+    d_final: Tensor | None,
+    swept: _Swept,
     has_initial: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state."""
     T, H, P = inputs.shape
-    N, tile = inputs.state_shape[2], config.gradients
-    sizes = tile.sizes(P, N)
-    row_blocks = triton.cdiv(P, sizes["PB"])
-    is_half = inputs.B.dtype != torch.float32 and inputs.C.dtype != torch.float32 and sizes["HB"] <= MOST_HEADS
-    device = dy.device
-    has_bias, has_D, has_z = inputs.dt_bias is not None, inputs.D is not None, inputs.z is not None
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    dx, ddt = empty(T, H, P, dtype=inputs.x.dtype), empty(T, H, P, dtype=inputs.dt.dtype)
-    dB, dC = (empty(T, H, row_blocks, N, dtype=tensor.dtype) for tensor in (inputs.B, inputs.C))
-    dz = empty(T, H, P, dtype=inputs.z.dtype) if inputs.z is not None else None
-    dA = empty(chunks.num_chunks, N, H * P)
-    dD = empty(chunks.num_chunks, H, P) if has_D else None
-    d_bias = empty(chunks.num_chunks, H, P) if has_bias else None
-    d_initial = empty(chunks.num_sequences, H, P, N) if has_initial else None
-    backward.scan_chunk_backward_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
+    N, sizes, device = inputs.state_shape[2], tile.sizes(P, inputs.state_shape[2]), dy.device
+    has_bias, has_D = inputs.dt_bias is not None, inputs.D is not None
+    q_end = d_final
+    if swept.q is not None:
+        _carry(swept.q, swept.delta_sum, inputs, chunks, d_final, reverse=True)
+        q_end = swept.q
+    dx = torch.empty(T, H, P, dtype=inputs.x.dtype, device=device)
+    ddt = torch.empty(T, H, P, dtype=inputs.dt.dtype, device=device)
+    slots, share, rows = _rows_of_dB(inputs, sizes)
+    dB = torch.empty(T, rows, triton.cdiv(P, sizes["PB"]), N, dtype=inputs.B.dtype, device=device)
+    dD, d_bias = (
+        torch.empty(chunks.num_chunks, H, P, dtype=torch.float32, device=device) if is_wanted else None
+        for is_wanted in (has_D, has_bias)
+    )
+    shape = (chunks.num_sequences, H, P, N)
+    d_initial = torch.empty(shape, dtype=torch.float32, device=device) if has_initial else None
+    backward.writer_gradient_kernel[(_num_programs(tile, H, P, N), chunks.num_chunks)](
         inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.dt_bias, dy,
-        entry, q_end, empty(T, H, P),
-        dx, ddt, dA, dB, dC, dD, dz, d_bias, d_initial, chunks.rows,
-        **inputs.strides(dy), **inputs.heads,
-        **sizes, HAS_D=has_D, HAS_Z=has_z, HAS_BIAS=has_bias, HAS_ENTRY=entry is not None, HAS_END=q_end is not None,
-        HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus, STATES_ARE_OUTER=chunks.is_one_each,
-        DOT=dot_dtype(inputs.B.dtype) if is_half else None, **COMMON, **tile.launch,
+        entry, q_end, swept.correlation, swept.delta_sum, swept.final_state,
+        dx, ddt, swept.dA, dB, dD, d_bias, d_initial, chunks.rows,
+        **inputs.strides(dy), **inputs.heads, dB_rows=rows, **sizes, SLOTS=slots, SHARE=share,
+        HAS_D=has_D, HAS_Z=inputs.z is not None, HAS_BIAS=has_bias, HAS_END=q_end is not None,
+        HAS_FINAL=d_final is not None, HAS_INITIAL=has_initial, SOFTPLUS=inputs.softplus,
+        STATES_ARE_OUTER=chunks.is_one_each, IS_HALF=_is_half(inputs, sizes), **COMMON, **tile.launch,
     )  # fmt: skip
     dx = _sum_repeats(dx.view(T, inputs.x.shape[1], -1, P))
-    dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N))
-    dC = _sum_repeats(dC)
-    sums = [None if partial is None else partial.sum(0) for partial in (dD, d_bias)]
-    return dx, ddt, dA.sum(0).t().reshape(inputs.state_shape), dB, dC, sums[0], dz, sums[1], d_initial
+    dB = _sum_repeats(dB.view(T, inputs.B.shape[1], -1, N)) if share == 1 else _sum_slots(dB, inputs, slots, share, sizes["HB"])
+    dA = sum_partials(swept.dA).t().reshape(inputs.state_shape)
+    sums = [None if partial is None else sum_partials(partial) for partial in (dD, d_bias)]
+    return dx, ddt, dA, dB, _sum_repeats(swept.dC), sums[0], swept.dz, sums[1], d_initial
 
 
 def _sum_repeats(partial: Tensor) -> Tensor:
@@ -321,4 +371,13 @@ def _sum_repeats(partial: Tensor) -> Tensor:
     total = torch.empty(T, heads, width, dtype=partial.dtype, device=partial.device)
     grid = (triton.cdiv(total.numel(), SUM_BLOCK),)
     backward.sum_heads_kernel[grid](partial, total, total.numel(), width, repeats, SUM_BLOCK)
+    return total
+
+
+def _sum_slots(partial: Tensor, inputs: _Inputs, slots: int, share: int, heads: int) -> Tensor:
+    """dB [T, G, N] from what programs of `heads` heads left in [T, rows, 1, N]."""
+    total = torch.empty(inputs.B.shape, dtype=partial.dtype, device=partial.device)
+    _, num_groups, width = total.shape
+    grid = (partial.shape[0], triton.cdiv(num_groups * width, SUM_BLOCK))
+    backward.sum_slots_kernel[grid](partial, total, num_groups, partial.shape[1], width, share, heads, slots, SUM_BLOCK)
     return total
