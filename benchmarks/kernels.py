@@ -5,16 +5,13 @@
     PYTHONPATH=src python benchmarks/kernels.py --compile rms_norm "swiglu 3B"   # torch.compile of these cases' references too
     PYTHONPATH=src python benchmarks/kernels.py --sweep --only "3B 4 x 4096"   # try the launch sizes, best first
 
-The cases are in kernel_cases_*.py. Kernels are first compiled in several processes at once; then a worker process times
-one case after the other. If it crashes or hangs, the case is marked as failed and another worker goes on with the next; the
-JSON file is written after every case. Times are medians of replayed CUDA graphs over input sets larger than the L2 cache; a
-backward's time is that of forward and backward less the forward's. References run without a graph, torch.compile of them over
-one input set alone, which is to its advantage where that fits the cache.
+The cases are in kernel_cases_*.py, how one is timed in kernel_timing.py. Kernels are first compiled in several processes at
+once; then a worker process times all our kernels one after the other, then the references, then torch.compile of them. If it
+crashes or hangs, the job is marked as failed and another worker goes on with the next; the JSON file is written after each.
 """
 
 import argparse
 import functools
-import itertools
 import json
 import multiprocessing
 import multiprocessing.dummy
@@ -28,164 +25,30 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import kernel_cases_decode
 import torch
-from kernel_cases_decode import Calls, Case, time_calls
+from kernel_timing import (
+    COMPILED,
+    OURS,
+    chosen_cases,
+    is_compiled_too,
+    jobs_of,
+    run_job,
+    sweep_case,
+    time_eagerly,
+    variants,
+)
 
 CASE_SECONDS, SWEEP_SECONDS = 120, 240  # after which a worker counts as hung
-REFERENCE_SECONDS = 0.3  # roughly what timing one reference may take
-COMPILED = "torch.compile of the reference"  # a job of the processes that compile
 
 
-def all_cases() -> list[Case]:
-    import kernel_cases_scan
-    import kernel_cases_ssd
-
-    return [*kernel_cases_scan.cases(), *kernel_cases_ssd.cases(), *kernel_cases_decode.cases()]
-
-
-def is_named(case: Case, patterns: list[str]) -> bool:
-    """Whether the case's name contains one of the patterns, or there are none."""
-    return not patterns or any(pattern in case.name for pattern in patterns)
-
-
-def chosen_cases(patterns: list[str]) -> list[Case]:
-    """The cases that the patterns name, in the patterns' order: what is wanted most is timed first."""
-    chosen = [case for case in all_cases() if is_named(case, patterns)]
-    return sorted(chosen, key=lambda case: next((i for i, pattern in enumerate(patterns) if pattern in case.name), 0))
-
-
-def is_compiled_too(case: Case, options: argparse.Namespace) -> bool:
-    """Whether torch.compile of the case's reference is timed."""
-    asked = options.compile is not None and not options.skip_reference and not options.sweep
-    return asked and case.build_reference is not None and is_named(case, options.compile)
-
-
-def time_eagerly(calls: Calls) -> float:
-    """Median seconds a call without a graph, of as many repetitions as REFERENCE_SECONDS allow."""
-    for call in calls[:2]:
-        call()
-    times: list[float] = []
-    for call in itertools.cycle(calls):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-        if len(times) >= 20 or (len(times) >= 3 and sum(times) > REFERENCE_SECONDS):
-            return sorted(times)[len(times) // 2]
-    raise AssertionError("a case has at least one call")
-
-
-def time_ours(build: Callable[[], Calls]) -> tuple[float, str]:
-    """Seconds a call, and a note if the calls could not be captured in a graph."""
-    calls = build()
-    try:
-        return time_calls(calls), ""
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("captur", "stream")):
-            raise
-        torch.cuda.synchronize()
-        return time_eagerly(calls), "without a graph"
-
-
-def time_case(case: Case, config: Any = None) -> tuple[float, str]:
-    """Seconds of a case as chosen, or in another configuration, less what it says to subtract."""
-    build = case.build if config is None else (lambda: case.build_with(config))  # type: ignore[attr-defined]
-    seconds, note = time_ours(build)
-    forward = getattr(case, "build_forward", None)
-    if forward is not None:
-        seconds -= time_ours(lambda: forward(config))[0]
-    return seconds, note
-
-
-def time_reference(case: Case, is_compiled: bool) -> float | None:
-    """Seconds of the torch reference, or of torch.compile of it; None where the case has none."""
-    if case.build_reference is None:
-        return None
-
-    def calls_of(build: Callable[[], Calls]) -> Calls:
-        calls = build()
-        return [torch.compile(call) for call in calls[:1]] if is_compiled else calls
-
-    seconds = time_eagerly(calls_of(case.build_reference))
-    forward = getattr(case, "build_reference_forward", None)
-    return seconds - (0.0 if forward is None or case.build_reference is forward else time_eagerly(calls_of(forward)))
-
-
-def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    seconds, note = time_case(case)
-    row: dict[str, Any] = {
-        "name": case.name,
-        "seconds": seconds,
-        "bytes": case.bytes_moved,
-        "floor_seconds": case.floor_seconds,
-        "times_floor": seconds / case.floor_seconds,
-        "bytes_a_second": case.bytes_moved / seconds,
-        "note": note,
-    }
-    for name, is_compiled in (("reference", False), ("compiled", True)):
-        if options.skip_reference or (is_compiled and not is_compiled_too(case, options)):
-            continue
-        try:
-            reference = time_reference(case, is_compiled)
-        except Exception as error:  # the table says so, and ours is worth more
-            row[f"{name}_error"] = str(error)[:500]
-            continue
-        if reference is not None:
-            row |= {f"{name}_seconds": reference, f"{name}_over_ours": reference / seconds}
-    return row
-
-
-def variants(case: Case) -> list[tuple[str, Any]]:
-    """The configurations that a sweep begins with: each field's values, the others as chosen."""
-    fields = getattr(case, "fields", {})
-    start = case.default() if fields else None  # type: ignore[attr-defined]
-    return [(f"{name}={value}", start._replace(**{name: value})) for name, values in fields.items() for value in values]
-
-
-def sweep_case(case: Case) -> dict[str, Any]:
-    """Improve one field after another, keeping the best value; or time every entry of a case that lists whole sweeps."""
-    tried: list[dict[str, Any]] = []
-
-    def attempt(label: str, measure: Callable[[], float]) -> float:
-        try:
-            seconds = measure()
-        except Exception as error:
-            if "CUDA error" in str(error):
-                raise
-            tried.append({"config": label, "error": str(error)[:300]})
-            return float("inf")
-        tried.append({"config": label, "seconds": seconds})
-        return seconds
-
-    best_seconds = attempt("as chosen", lambda: time_case(case)[0])
-    for label, build in case.sweep.items():
-        attempt(label, lambda build=build: time_ours(build)[0])  # type: ignore[misc]
-    fields = getattr(case, "fields", {})
-    if fields:
-        best = case.default()  # type: ignore[attr-defined]
-        for name, values in fields.items():
-            for value in values:
-                config = best._replace(**{name: value})
-                if config == best:
-                    continue
-                seconds = attempt(str(config), lambda config=config: time_case(case, config)[0])  # type: ignore[misc]
-                if seconds < best_seconds:
-                    best_seconds, best = seconds, config
-    tried.sort(key=lambda entry: entry.get("seconds", float("inf")))
-    return {"name": case.name, "floor_seconds": case.floor_seconds, "bytes": case.bytes_moved, "sweep": tried}
-
-
-def warm(patterns: list[str], index: int, label: str | None) -> str:
+def warm(patterns: list[str], index: int, kind: str, label: str | None) -> str:
     """In a process of its own: compile what one case, or one of its configurations, needs, by running it once."""
     case = chosen_cases(patterns)[index]
-    if label is None:
-        calls = case.build()
-    elif label == COMPILED:
+    if kind == COMPILED:
         assert case.build_reference is not None
         calls = [torch.compile(case.build_reference()[0])]
+    elif label is None:
+        calls = case.build()
     elif label in case.sweep:
         calls = case.sweep[label]()
     else:
@@ -198,11 +61,11 @@ def warm(patterns: list[str], index: int, label: str | None) -> str:
 def warm_all(options: argparse.Namespace) -> None:
     """Fill Triton's cache on disk from several processes; errors are left for the run that times."""
     cases = chosen_cases(options.only)
-    jobs: list[tuple[int, str | None]] = [(i, COMPILED) for i, case in enumerate(cases) if is_compiled_too(case, options)]
-    jobs += [(index, None) for index in range(len(cases))]
+    jobs: list[tuple[int, str, str | None]] = [(i, COMPILED, None) for i, c in enumerate(cases) if is_compiled_too(c, options)]
+    jobs += [(index, OURS, None) for index in range(len(cases))]
     if options.sweep:
         for index, case in enumerate(cases):
-            jobs += [(index, label) for label in [*case.sweep, *(label for label, _ in variants(case))]]
+            jobs += [(index, OURS, label) for label in [*case.sweep, *(label for label, _ in variants(case))]]
     began, num_failed = time.monotonic(), 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=options.jobs, mp_context=context) as pool:
@@ -212,53 +75,83 @@ def warm_all(options: argparse.Namespace) -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """The worker: time cases from number `worker` on, a line of JSON each on stdout."""
-    for index, case in enumerate(chosen_cases(options.only)):
+    """The worker: jobs from number `worker` on, a line of JSON each on stdout."""
+    for index, (kind, case) in enumerate(jobs_of(options)):
         if index < options.worker:
             continue
         try:
-            row = sweep_case(case) if options.sweep else run_case(case, options)
+            row = sweep_case(case) if options.sweep else run_job(kind, case)
         except Exception as error:
-            row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:2000]}
+            row = {name_of_error(kind): f"{type(error).__name__}: {error}"[:2000]}
         print("ROW " + json.dumps(row), flush=True)
-        if "CUDA error" in row.get("error", ""):
+        if "CUDA error" in row.get(name_of_error(kind), ""):
             sys.exit(3)  # this process's context is lost
+        torch.compiler.reset()
         torch.cuda.empty_cache()
 
 
+def name_of_error(kind: str) -> str:
+    """The field of a row that says why a job of it failed."""
+    return "error" if kind == OURS else f"{kind}_error"
+
+
 def run_workers(options: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """Rows of all cases, from as many workers as it takes; `keep` gets all that there are after each."""
-    names = [case.name for case in chosen_cases(options.only)]
-    rows: list[dict[str, Any]] = []
-    limit = SWEEP_SECONDS if options.sweep else CASE_SECONDS
-    while len(rows) < len(names):
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(len(rows))]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        lines: queue.Queue[str | None] = queue.Queue()
-        reader = multiprocessing.dummy.Process(target=_read_lines, args=(worker, lines))
-        reader.start()
-        expected = len(rows)
-        while True:
-            try:
-                line = lines.get(timeout=limit)
-            except queue.Empty:
-                worker.kill()
-                rows.append({"name": names[len(rows)], "error": f"no result in {limit} s"})
-                break
-            if line is None:
-                if len(rows) < len(names) and worker.wait() not in (0, 3):
-                    rows.append({"name": names[len(rows)], "error": f"the worker died with status {worker.returncode}"})
-                elif len(rows) == expected:
-                    raise RuntimeError("a worker ended without timing anything")
-                break
-            if line.startswith("ROW "):
-                rows.append(json.loads(line[4:]))
-                keep(rows)
-                print(f"[{len(rows)}/{len(names)}] {summary(rows[-1])}", flush=True)
-            else:
-                print(line, end="", flush=True)
-        reader.join()
-    return rows
+    """Rows of all cases, from as many workers as it takes; `keep` gets all that there are after each job."""
+    jobs = [(kind, case.name) for kind, case in jobs_of(options)]
+    rows: dict[str, dict[str, Any]] = {}
+    num_done = 0
+
+    def add(found: dict[str, Any]) -> None:
+        nonlocal num_done
+        kind, name = jobs[num_done]
+        num_done += 1
+        row = rows.setdefault(name, {"name": name})
+        row |= found
+        if kind != OURS and f"{kind}_seconds" in row and "seconds" in row:
+            row[f"{kind}_over_ours"] = row[f"{kind}_seconds"] / row["seconds"]
+        keep(list(rows.values()))
+        print(f"[{num_done}/{len(jobs)}] {summary(row, kind)}", flush=True)
+
+    while num_done < len(jobs):
+        num_before = num_done
+        status = run_worker(options, num_done, add)
+        if status is None:
+            add({name_of_error(jobs[num_done][0]): f"no result in {limit_of(options)} s"})
+        elif num_done < len(jobs) and status not in (0, 3):
+            add({name_of_error(jobs[num_done][0]): f"the worker died with status {status}"})
+        elif num_done == num_before:
+            raise RuntimeError("a worker ended without timing anything")
+    return list(rows.values())
+
+
+def limit_of(options: argparse.Namespace) -> int:
+    """Seconds after which a worker that says nothing counts as hung."""
+    return SWEEP_SECONDS if options.sweep else CASE_SECONDS
+
+
+def run_worker(options: argparse.Namespace, first: int, add: Callable[[dict[str, Any]], None]) -> int | None:
+    """Give `add` what a worker finds from job `first` on. Returns its exit status, None if it hung."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(first)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    lines: queue.Queue[str | None] = queue.Queue()
+    reader = multiprocessing.dummy.Process(target=_read_lines, args=(worker, lines))
+    reader.start()
+    is_hung = False
+    while True:
+        try:
+            line = lines.get(timeout=limit_of(options))
+        except queue.Empty:
+            worker.kill()
+            is_hung = True
+            break
+        if line is None:
+            break
+        if line.startswith("ROW "):
+            add(json.loads(line[4:]))
+        else:
+            print(line, end="", flush=True)
+    reader.join()
+    return None if is_hung else worker.wait()
 
 
 def _read_lines(worker: subprocess.Popen[str], lines: "queue.Queue[str | None]") -> None:
@@ -268,9 +161,11 @@ def _read_lines(worker: subprocess.Popen[str], lines: "queue.Queue[str | None]")
     lines.put(None)
 
 
-def summary(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"{row['name']}: FAILED {row['error'].splitlines()[0][:150]}"
+def summary(row: dict[str, Any], kind: str = OURS) -> str:
+    if name_of_error(kind) in row:
+        return f"{row['name']}: {kind} FAILED {row[name_of_error(kind)].splitlines()[0][:150]}"
+    if kind != OURS:
+        return f"{row['name']}: {kind} {row[f'{kind}_seconds'] * 1e6:.1f} us, {row.get(f'{kind}_over_ours', 0):.1f} x ours"
     if "sweep" in row:
         best = row["sweep"][0]
         if "seconds" not in best:
