@@ -29,7 +29,8 @@ Calls = list[Callable[[], Any]]
 class Case:
     """One line of the table: `build` for our op, `build_reference` for torch's, `sweep` for other configurations of ours.
 
-    Our calls can be captured in a CUDA graph; the references may synchronise and are timed without one.
+    Our calls can be captured in a CUDA graph; the references may synchronise and are timed without one. `build_compiled` is
+    given where torch.compile of the reference's call would not reach the work: a backward alone.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     build_reference: Callable[[], Calls] | None = None
     flops: int = 0
     sweep: dict[str, Callable[[], Calls]] = field(default_factory=dict)
+    build_compiled: Callable[[], Calls] | None = None
 
     @property
     def floor_seconds(self) -> float:
@@ -207,10 +209,11 @@ def _pointwise_case(
 ) -> Case:
     """An op of m1.kernels.<module>; with num_grads, only the backward to its first inputs is timed. options: its keywords."""
 
-    def build_for(implementation: str) -> Calls:
+    def build_for(implementation: str, is_compiled: bool = False) -> Calls:
         import importlib
 
         function = functools.partial(getattr(importlib.import_module(f"m1.kernels.{module}.{implementation}"), op), **options)
+        function = torch.compile(function) if is_compiled else function
         calls: Calls = []
         for _ in range(min(_sets(bytes_moved), 32)):
             given = inputs()
@@ -224,7 +227,13 @@ def _pointwise_case(
             calls.append(lambda o=outputs, x=leaves[:num_grads], g=upstream: torch.autograd.grad(o, x, g, retain_graph=True))
         return calls
 
-    return Case(name, bytes_moved, lambda: build_for("triton_impl"), lambda: build_for("reference"))
+    return Case(
+        name,
+        bytes_moved,
+        lambda: build_for("triton_impl"),
+        lambda: build_for("reference"),
+        build_compiled=functools.partial(build_for, "reference", True),
+    )
 
 
 def _pointwise_cases(model: str, tokens: int) -> list[Case]:

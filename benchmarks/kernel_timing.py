@@ -90,17 +90,20 @@ def time_case(case: Case, config: Any = None) -> tuple[float, str]:
     return seconds, note
 
 
+def compiled_calls(case: Case) -> Calls:
+    """torch.compile of the case's reference."""
+    assert case.build_reference is not None
+    return case.build_compiled() if case.build_compiled else [torch.compile(case.build_reference()[0])]
+
+
 def time_reference(case: Case, is_compiled: bool) -> float:
     """Seconds of the torch reference, or of torch.compile of it."""
     assert case.build_reference is not None
-
-    def calls_of(build: Callable[[], Calls]) -> Calls:
-        calls = build()
-        return [torch.compile(call) for call in calls[:1]] if is_compiled else calls
-
-    seconds = time_eagerly(calls_of(case.build_reference))
+    seconds = time_eagerly(compiled_calls(case)[:1] if is_compiled else case.build_reference())
     forward = getattr(case, "build_reference_forward", None)
-    return seconds - (0.0 if forward is None or case.build_reference is forward else time_eagerly(calls_of(forward)))
+    if forward is None or case.build_reference is forward:
+        return seconds
+    return seconds - time_eagerly([torch.compile(forward()[0])] if is_compiled else forward())
 
 
 def run_job(kind: str, case: Case) -> dict[str, Any]:

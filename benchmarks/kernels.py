@@ -30,6 +30,7 @@ from kernel_timing import (
     COMPILED,
     OURS,
     chosen_cases,
+    compiled_calls,
     is_compiled_too,
     jobs_of,
     run_job,
@@ -45,8 +46,7 @@ def warm(patterns: list[str], index: int, kind: str, label: str | None) -> str:
     """In a process of its own: compile what one case, or one of its configurations, needs, by running it once."""
     case = chosen_cases(patterns)[index]
     if kind == COMPILED:
-        assert case.build_reference is not None
-        calls = [torch.compile(case.build_reference()[0])]
+        calls = compiled_calls(case)
     elif label is None:
         calls = case.build()
     elif label in case.sweep:
