@@ -29,6 +29,13 @@ def test_parsing_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_help_tells_of_the_words_before_the_options(capsys):
+    for command, words in (("eval", "m1 eval MODEL"), ("solve", "m1 solve PROBLEM"), ("sft", "m1 sft RECIPE.toml")):
+        with pytest.raises(SystemExit):
+            cli.parse([command, "--help"])
+        assert words in capsys.readouterr().out
+
+
 def test_every_command_has_a_runner():
     assert cli.RUNNERS.keys() == cli.COMMANDS.keys()
 
@@ -48,9 +55,9 @@ def test_solve_takes_the_problem_as_first_word():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distil"], "unknown command 'distil'"),
+        (["distil"], "unknown command 'distil'; did you mean 'distill'?"),
         (["sft", "missing.toml"], "missing.toml: no such recipe"),
-        (["convert"], "--base is needed"),
+        (["convert"], "--base and --out are needed (or base = …, out = … in the recipe)"),
         (["convert", "--base", "./nowhere", "--out", "out"], "nowhere"),
         (["sft", "--out", "out"], "--model is needed"),
         (["solve", "--model", "./nowhere"], "--problem is needed"),
@@ -64,6 +71,32 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stderr.startswith("m1: error: ")
     assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sample --model ./x --out out --data d --temperature -1", "--temperature: expected at least 0, got -1.0"),
+        ("eval ./x --tasks gym:chain_sum --top-p 0", "--top-p: expected more than 0 and at most 1"),
+        ("eval ./x --tasks gym:chain_sum --max-new-tokens 0", "--max-new-tokens: expected at least 1, got 0"),
+        ("solve 2+2? --model ./x --temperature -1", "--temperature: expected at least 0, got -1.0"),
+        ("convert --base smollm2-135M --out out", "did you mean smollm2-135m-instruct?"),
+        ("convert --base models/nowhere --out out", "models/nowhere: no such model directory"),
+        (
+            "convert --base owner/name --out out",
+            "owner/name: no such directory here, and not to be had from the hub",
+        ),
+    ],
+)
+def test_what_is_asked_is_checked_before_anything_is_written(words, message, tmp_path, monkeypatch, capsys):
+    def hub(source: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", hub)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 2
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

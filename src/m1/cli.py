@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 a mistake in what was asked (one line says which input and
 traceback), 130 interrupted. Heavy imports come after parsing, so that help is quick.
 """
 
+import difflib
 import importlib
 import sys
 import traceback
@@ -49,11 +50,21 @@ def usage() -> str:
     return USAGE.format(commands="\n".join(lines))
 
 
+def describe(command: str) -> str:
+    """What stands above a command's options in its help: what it does, and which words may come before the options."""
+    first = {**FIRST_WORD, **FIRST_WORDS}.get(command)
+    forms = [f"m1 {command} {first.upper()} --option value …"] if first else []
+    forms.append(f"m1 {command} RECIPE.toml --option value …")
+    return f"{COMMANDS[command].__doc__}\n\n{', or '.join(forms)}"
+
+
 def parse(arguments: list[str]) -> tuple[str, Any]:
     """Command and its config from the words after `m1`. Raises ValueError for an unknown command or recipe key."""
     command, *rest = arguments
     if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? Commands" if near else "commands"
+        raise ValueError(f"unknown command {command!r}; {hint} are {', '.join(COMMANDS)}")
     values: dict[str, Any] = {}
     source = "defaults"
     if rest and rest[0].endswith(".toml"):
@@ -72,6 +83,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     config = tyro.cli(
         COMMANDS[command],
         prog=f"m1 {command}",
+        description=describe(command),
         args=rest,
         default=default,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),

@@ -24,7 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from m1.backends import Backend, open_backend, other_ranks_serving
-from m1.config import EvalConfig, require
+from m1.config import EvalConfig, require, require_possible
 from m1.distributed import ranks
 from m1.evaluation.budget import MOST_SAMPLES, Budget, parse_budgets
 from m1.evaluation.records import read_records
@@ -141,6 +141,9 @@ def check(config: EvalConfig) -> None:
     for name in ("samples", "limit"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name}: expected at least 0, got {getattr(config, name)}")
+    if config.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: expected at least 1, got {config.max_new_tokens}")
+    require_possible(config)
     if config.adaptive and not 0.5 < config.adaptive <= 1:
         raise ValueError(f"--adaptive: expected a probability above 0.5 and at most 1, got {config.adaptive}")
     if config.temperature == 0 and config.samples != 1:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from m1.config import SampleConfig, require
+from m1.config import SampleConfig, require, require_possible
 from m1.distributed import local_device
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
@@ -96,7 +96,8 @@ def _check_numbers(config: SampleConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
     if config.invent < 0:
         raise ValueError(f"--invent: expected 0 or more, got {config.invent}")
-    if config.temperature <= 0 and (config.samples > 1 or config.invent):
+    require_possible(config)
+    if config.temperature == 0 and (config.samples > 1 or config.invent):
         raise ValueError(f"--temperature: expected more than 0, so that samples differ, got {config.temperature}")
     if not config.data and not config.invent:
         raise ValueError("--data or --invent is needed: problem sets, or a number of problems that the model invents")

@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from m1.backends import open_backend, other_ranks_serving
-from m1.config import SolveConfig, require
+from m1.config import SolveConfig, require, require_possible
 from m1.distributed import ranks
 from m1.evaluation.budget import Budget, SampleUntil, sample_until
 from m1.evaluation.sampling import Generate, Prompt, Sample, SampleRequest
@@ -89,6 +89,9 @@ def check(config: SolveConfig) -> None:
     """Raise ValueError for options that are out of range or contradict each other."""
     if config.samples < 0:
         raise ValueError(f"--samples: expected at least 1, got {config.samples}")
+    if config.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: expected at least 1, got {config.max_new_tokens}")
+    require_possible(config)
     require_vote(config.vote)
     if config.adaptive and config.vote != "majority":
         raise ValueError(f"--adaptive: only a majority vote can be decided early, and --vote is {config.vote}; leave out one")

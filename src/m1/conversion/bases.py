@@ -3,6 +3,7 @@
 How GGUF files are read stands in gguf.py, how a base becomes a hybrid in convert.py.
 """
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,12 @@ def open_source(source: str | Path) -> str | gguf.GgufFile:
     """
     if str(source) == SMOLLM2_NAME and not Path(source).exists():
         return gguf.open_gguf(gguf.find_smollm2())
-    return gguf.open_gguf(source) if str(source).lower().endswith(".gguf") else str(source)
+    if str(source).lower().endswith(".gguf"):
+        return gguf.open_gguf(source)
+    is_name = "/" not in str(source) and not Path(source).exists()
+    if is_name and difflib.get_close_matches(str(source).lower(), [SMOLLM2_NAME]):
+        raise FileNotFoundError(f"{source}: no such model directory; did you mean {SMOLLM2_NAME}?")
+    return str(source)
 
 
 def load_base(

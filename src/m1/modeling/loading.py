@@ -3,6 +3,8 @@
 Only safetensors and no downloaded code. A checkpoint that does not fit its config is refused: nothing is filled in at random.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from m1.modeling.configuration import M1Config
 from m1.modeling.hybrid import M1ForCausalLM
 
+OUR_DIRECTORIES = ("models/", "runs/")  # where recipes write: the hub, which would be asked for seconds, has no such owners
+
 
 def load_config(source: str | Path) -> M1Config:
     """The M1 config of a directory or hub name: its own, or a base model's translated (`M1Config.from_base`)."""
     _require_model_source(source)
-    config = AutoConfig.from_pretrained(source)
+    with _naming(source):
+        config = AutoConfig.from_pretrained(source)
     return config if isinstance(config, M1Config) else M1Config.from_base(config)
 
 
@@ -48,7 +53,8 @@ def require_fit(source: str | Path, info: dict[str, Any]) -> None:
 def load_tokenizer(source: str | Path, *, needs_chat_template: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub name; ValueError if it has no end token, or no chat template where one is needed."""
     _require_model_source(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with _naming(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if needs_chat_template and not tokenizer.chat_template:
@@ -68,9 +74,23 @@ def _require_model_source(source: str | Path) -> None:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{source}: no config.json in this directory; is it a model?")
     elif path.exists():
-        raise ValueError(f"{source}: expected a model directory or a hub name; a GGUF file is imported with `m1 convert`")
-    elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise ValueError(
+            f"{source}: expected a model directory or a hub name; `m1 convert --attention-fraction 1` makes a directory of a "
+            "GGUF file, whose name must end in .gguf"
+        )
+    elif path.is_absolute() or str(source).startswith((".", "~", *OUR_DIRECTORIES)) or str(source).count("/") != 1:
         raise FileNotFoundError(f"{source}: no such model directory")
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Errors of the hub say which model was asked for, and that it is no directory here."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).exists():
+            raise
+        raise FileNotFoundError(f"{source}: no such directory here, and not to be had from the hub: {error}") from error
 
 
 def choose_device(name: str) -> torch.device:
