@@ -6,6 +6,7 @@ advantage where that fits the cache.
 """
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,25 @@ def time_eagerly(calls: Calls) -> float:
     raise AssertionError("a case has at least one call")
 
 
+def copy_rate() -> float:
+    """Bytes read plus written a second by a 2 GiB device-to-device copy."""
+    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
+    return 2 * source.numel() / time_eagerly([functools.partial(torch.empty_like(source).copy_, source)])
+
+
+def hardware() -> dict[str, Any]:
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "copy_bytes_a_second": copy_rate(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
 def time_ours(build: Callable[[], Calls]) -> tuple[float, str]:
     """Seconds a call, and a note if the calls could not be captured in a graph."""
     calls = build()
@@ -91,25 +111,42 @@ def time_case(case: Case, config: Any = None) -> tuple[float, str]:
 
 
 def compiled_calls(case: Case) -> Calls:
-    """torch.compile of the case's reference."""
+    """torch.compile of the case's reference and, where that is to be subtracted, of its forward; called once each."""
     assert case.build_reference is not None
-    return case.build_compiled() if case.build_compiled else [torch.compile(case.build_reference()[0])]
+    if case.build_compiled is not None:
+        calls = case.build_compiled()[:1]
+    else:
+        builds = [case.build_reference, *([forward] if (forward := forward_of_reference(case)) else [])]
+        calls = [torch.compile(build()[0], dynamic=False) for build in builds]
+    for call in calls:
+        call()
+    return calls
 
 
-def time_reference(case: Case, is_compiled: bool) -> float:
-    """Seconds of the torch reference, or of torch.compile of it."""
+def forward_of_reference(case: Case) -> Callable[[], Calls] | None:
+    """What is subtracted from the time of a backward's reference, if that runs the forward too."""
+    return getattr(case, "build_reference_forward", None)
+
+
+def time_compiled(calls: Calls) -> float:
+    """Seconds of what `compiled_calls` made."""
+    seconds, *forward = [time_eagerly([call]) for call in calls]
+    return seconds - sum(forward)
+
+
+def time_reference(case: Case) -> float:
+    """Seconds of the torch reference."""
     assert case.build_reference is not None
-    seconds = time_eagerly(compiled_calls(case)[:1] if is_compiled else case.build_reference())
-    forward = getattr(case, "build_reference_forward", None)
-    if forward is None or case.build_reference is forward:
-        return seconds
-    return seconds - time_eagerly([torch.compile(forward()[0])] if is_compiled else forward())
+    forward = forward_of_reference(case)
+    return time_eagerly(case.build_reference()) - (time_eagerly(forward()) if forward else 0.0)
 
 
 def run_job(kind: str, case: Case) -> dict[str, Any]:
     """What a job adds to the row of its case."""
-    if kind != OURS:
-        return {f"{kind}_seconds": time_reference(case, kind == COMPILED)}
+    if kind == REFERENCE:
+        return {"reference_seconds": time_reference(case)}
+    if kind == COMPILED:
+        return {"compiled_seconds": time_compiled(compiled_calls(case))}
     seconds, note = time_case(case)
     return {
         "seconds": seconds,
