@@ -28,6 +28,11 @@ from m1.training.sft import SFTStage, sft
 from tests.numerics import REL_RMS, rel_rms
 from tests.training import ranks, tiny
 
+
+class Lost(RuntimeError):
+    """What ends a run in the middle."""
+
+
 FAST = {"tokens_per_step": 80, "tokens_per_batch": 40, "max_length": 30, "warmup_steps": 2, "learning_rate": 1e-2}
 
 
@@ -253,6 +258,28 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_written(directorie
     assert not (directories / "bad").exists()
 
 
+def test_a_resumed_run_needs_room_only_for_what_is_not_there_yet(directories, monkeypatch):
+    draw = SFTStage.draw
+
+    def draw_or_be_lost(stage, step):
+        if step == 1:
+            raise Lost
+        return draw(stage, step)
+
+    fields = options(directories, "resumed", checkpoint_every=1)
+    monkeypatch.setattr(SFTStage, "draw", draw_or_be_lost)
+    with pytest.raises(Lost):
+        sft_module.run(SFTConfig(**fields))
+    monkeypatch.undo()
+    model = sum(p.numel() for p in load_model(directories / "hybrid").parameters()) * 4
+    free = 1.05 * (2.5 * 3 + 1) * model  # a checkpoint is three times the model, and there is one of the three
+    monkeypatch.setattr("m1.storage.shutil.disk_usage", lambda place: type("Usage", (), {"free": free}))
+    with pytest.raises(OSError, match=r"m1 sft needs .* GiB on the disk"):
+        sft_module.run(SFTConfig(**options(directories, "anew")))
+    sft_module.run(SFTConfig(**fields))
+    assert load_model(directories / "resumed").config.mixer == "mamba2"
+
+
 def test_teachers_of_another_tokenizer_are_refused(directories, tmp_path):
     tiny.model("mamba2", attention=(0, 1), vocab_size=259).save_pretrained(tmp_path / "other")
     other = tiny.byte_tokenizer()
@@ -268,10 +295,6 @@ def test_teachers_of_another_tokenizer_are_refused(directories, tmp_path):
 def test_memory_estimate_counts_the_model_once(directories):
     model = load_model(directories / "hybrid")
     assert command.parameter_bytes(model.config, 1) == sum(p.numel() for p in model.parameters())
-
-
-class Lost(RuntimeError):
-    """What ends a run in the middle."""
 
 
 def run_stage(name, out, *, lost_at=None):

@@ -1,6 +1,7 @@
 """What the commands align, distill, sft and grpo have in common around their training: checks, words, and the export."""
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from m1.distributed import num_local_ranks, num_ranks, on_first, ranks, say
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import GIB, require_disk, require_memory
+from m1.training.checkpoint import PREFIX
 from m1.training.data import iterate_documents
 from m1.training.document_cache import CachedDocuments, cache_directory, cache_key, write_documents
 from m1.training.loop import TrainResult
@@ -168,9 +170,13 @@ def _require_training_memory(
 
 
 def _require_training_disk(model: M1ForCausalLM, config: TrainConfig, purpose: str) -> None:
-    """Room for the checkpoints that are kept, the one that is being written, and the model at the end. Raises OSError."""
+    """Room for the checkpoints that are kept, the one that is being written, and the models. Raises OSError.
+
+    What a run that is resumed has written already is there and needs no more.
+    """
     num_all, num_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= flag) for flag in (False, True))
     checkpoint = num_trained * 4 * (4 if config.ema_decay else 3)
     exports = 1 + (config.steps - 1) // config.export_every if config.export_every else 1
     num_bytes = checkpoint * (config.keep_checkpoints + 1) + exports * num_all * getattr(torch, config.dtype).itemsize
-    require_disk(config.out, num_bytes, purpose)
+    written = [path for part in ("checkpoints", "exports") for path in Path(config.out, part).glob(f"{PREFIX}*/*")]
+    require_disk(config.out, max(num_bytes - sum(path.stat().st_size for path in written), checkpoint), purpose)
