@@ -158,6 +158,29 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, uninterrupted, before,
             assert rel_rms(weight, expected[name]) < RANKS_EQUAL_ONE[torch.float32], name
 
 
+def test_damage_that_one_rank_sees_sends_all_back(tmp_path, uninterrupted):
+    """Each rank checks its share of the files: what the second finds, the first must hear of."""
+    out, fields = tmp_path / "out", {"checkpoint_every": 3, "async_save": False}
+    ranks.join(ranks.start_ranks(2, ranks.run_sft, out, fields, KilledAtStep7))
+    newest, before = list_checkpoints(out / "checkpoints")
+    assert (newest.name, before.name) == ("step-00000006", "step-00000003")
+    with (newest / "rank-00001.safetensors").open("r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"\xff\x7f")
+    ranks.run_ranks(2, run_with_a_warning, out, fields)
+    assert (out / "warning-0").read_text().count("step-00000006 is damaged (rank-00001.safetensors does not fit") == 1
+    assert (out / "warning-1").read_text() == ""  # the first rank speaks
+    assert_same_weights(out, uninterrupted[2, "never"][0])
+
+
+def run_with_a_warning(out, fields):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        ranks.run_sft(out, fields)
+    told = [str(warning.message) for warning in caught if "damaged" in str(warning.message)]
+    (out / f"warning-{rank()}").write_text("\n".join(told))
+
+
 def lose_a_rank(out):
     """One of two ranks, from outside the process group: writes what it ended with."""
     with pytest.raises(LostRankError) as caught, ranks.process_group("cpu", 20):
