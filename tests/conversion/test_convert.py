@@ -208,6 +208,21 @@ def test_existing_output_is_kept_unless_told(base_directory: Path, tmp_path: Pat
     assert load_config(out).mixer_layers
 
 
+def test_what_is_there_already_is_not_made_again(
+    base_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "hybrid"
+    assert run_cli("--base", base_directory, "--out", out, "--seed", 1) == 0
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert run_cli("--base", base_directory, "--out", out, "--seed", 1, "--device", "cpu") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert run_cli("--base", base_directory, "--out", out, "--seed", 2) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    assert run_cli("--base", base_directory, "--out", out, "--seed", 1, "--overwrite") == 0
+    assert (out / "model.safetensors").stat().st_mtime_ns > written
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -167,13 +167,19 @@ def count_parameters(config: M1Config) -> int:
 
 
 def run(config: ConvertConfig) -> None:
-    """The command: says what it will do, checks that there is room, converts, and writes the hybrid's directory."""
+    """The command: says what it will do, checks that there is room, converts, and writes the hybrid's directory.
+
+    What the same options have made already stays as it is.
+    """
     require(config, "base", "out")
     layers = read_layers(config.attention_layers)
     config = dataclasses.replace(config, attention_layers=layers)
     _require_improved(config.start, bool(config.calibration))
     if Path(config.base).exists() and Path(config.base).resolve() == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} is the base itself; give another directory")
+    if not config.overwrite and _is_done(config):
+        print(f"{config.out} is finished already: a model. Next: m1 align --model {config.out} …")
+        return
     with storage.new_directory(config.out, overwrite=config.overwrite) as directory:
         source = open_source(config.base)
         is_gguf = isinstance(source, gguf.GgufFile)
@@ -187,6 +193,15 @@ def run(config: ConvertConfig) -> None:
         facts = {"layer_types": hybrid.layer_types, "fits": [dataclasses.asdict(fit) for fit in fits]}
         storage.write_run_record(directory, "convert", dataclasses.asdict(config), **facts)
     _conclude(config, fits, is_gguf)
+
+
+def _is_done(config: ConvertConfig) -> bool:
+    """Whether the output is what this command made with these options, so that a recipe's commands can be run again."""
+    record = storage.read_run_record(config.out)
+    if record is None or record["command"] != "convert":
+        return False
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    return all(record["config"].get(key) == now[key] for key in now.keys() - {"out", "device", "overwrite"})
 
 
 def _announce(config: ConvertConfig, hybrid: M1Config) -> None:
