@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from m1.cli import is_users_mistake
 from m1.config import SFTConfig
-from m1.training import command
+from m1.training import command, data
 from m1.training.data import iterate_documents, make_documents
 from m1.training.document_cache import CachedDocuments, cache_directory, write_documents
 from m1.training.packing import BatchStream
@@ -121,6 +122,37 @@ def test_rows_stream(tmp_path):
     write_documents(tmp_path / "entry", iterate_documents(rows(), tiny.byte_tokenizer(), max_length=50))
     assert written[0] > 0
     assert len(CachedDocuments(tmp_path / "entry")) == 1101
+
+
+def test_several_processes_make_the_same_entry(config, tmp_path, monkeypatch):
+    """To the byte, and from the command, too."""
+    monkeypatch.setattr(data, "_BLOCKS_OF_SMALL_DATA", 1)
+    monkeypatch.setattr(data, "_ROWS_AT_ONCE", 150)
+    rows = [row | {"finish_reason": "length" if i % 7 else "stop", "id": i} for i, row in enumerate(ROWS)]
+    written = []
+    for number in (1, 2):
+        documents = iterate_documents(rows, tiny.byte_tokenizer(), max_length=50, num_processes=number)
+        write_documents(tmp_path / str(number), documents)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir()})
+    assert written[0] == written[1]
+    assert len(written[0]["ends"]) == 1500 * 8
+    monkeypatch.setattr(command, "num_processes_here", lambda: 2)
+    read(config)
+    (entry,) = entries(config)
+    assert np.array_equal(
+        CachedDocuments(entry)[1499].token_ids, make_documents(ROWS[-1:], tiny.byte_tokenizer(), max_length=100)[0].token_ids
+    )
+
+
+def test_a_mistake_that_another_process_finds_is_named_as_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_BLOCKS_OF_SMALL_DATA", 1)
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = None
+    rows = [*ROWS, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    with pytest.raises(ValueError, match=r"row 1501: 'messages' need a chat template") as caught:
+        write_documents(tmp_path / "entry", iterate_documents(rows, tokenizer, max_length=50, num_processes=2))
+    assert is_users_mistake(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_rows_and_rows_one_by_one_are_the_same(config):

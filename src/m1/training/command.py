@@ -18,6 +18,7 @@ from m1.training.document_cache import CachedDocuments, cache_directory, cache_k
 from m1.training.loop import TrainResult
 from m1.training.optimizer import select_trainable
 from m1.training.packing import Document
+from m1.training.process_map import num_processes_here
 from m1.training.run_directory import RunDirectory
 from m1.training.sharding import STATE_BYTES, divides
 from m1.training.sources import fingerprints, iterate_rows
@@ -99,7 +100,8 @@ def read_documents(
     def tokenise() -> None:
         if not entry.is_dir():
             rows = iterate_rows(config.data, only_correct=only_correct, **origin)
-            write_documents(entry, iterate_documents(rows, tokenizer, **options))
+            documents = iterate_documents(rows, tokenizer, num_processes=num_processes_here(), **options)
+            write_documents(entry, documents)
 
     on_first(tokenise, of_host=True)
     documents = CachedDocuments(entry)

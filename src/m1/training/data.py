@@ -5,6 +5,7 @@ stands before it, as at inference, where the prompt is tokenised alone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,10 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.config import PROBLEM_SUFFIX
 from m1.training.packing import Document
+from m1.training.process_map import map_in_processes
 from m1.training.sources import Row, as_rows
 
 Segment = tuple[str, bool]  # a piece of text, and whether the model should write it
 _ROWS_AT_ONCE = 1024  # tokenised together: the tokenizer works on them in parallel
+_BLOCKS_OF_SMALL_DATA = 8  # so many of these don't wait for other processes, which take seconds to start
+_FIELDS = ("messages", "prompt", "completion", "problem", "answer", "solution", "finish_reason")  # what is read of a row
 
 
 def make_documents(
@@ -39,33 +43,51 @@ def iterate_documents(
     max_length: int,
     loss_on: str = "completion",
     suffix: str = PROBLEM_SUFFIX,
+    num_processes: int = 1,
 ) -> Iterator[Document]:
     """Tokenised documents of at most `max_length` tokens; longer ones are cut, and those left without a target are dropped.
 
     Rows have messages, prompt and completion (a user's and an assistant's turn where the tokenizer has a chat template), or
     problem and answer (the user's turn is the problem and `suffix`; the completion is the row's `solution` if there is one,
     and the answer in a box). A sample that was cut off (`finish_reason` "length") gets no end token. `loss_on` is
-    "completion" (assistant turns) or "all" (every token but the first).
+    "completion" (assistant turns) or "all" (every token but the first). With several processes the documents are the same, and
+    in the same order; `num_processes` says how many, and only large data starts them.
     Raises ValueError for an ill-formed row, messages without a chat template, and when no document is left.
     """
     if loss_on not in ("completion", "all"):
         raise ValueError(f"loss_on: expected 'completion' or 'all', got {loss_on!r}")
-    encoder = SegmentEncoder(tokenizer)
     is_any_left = False
-    all_rows = as_rows(rows)
-    while some := list(islice(all_rows, _ROWS_AT_ONCE)):
-        conversations = [(segments, row) for row in some for segments in _segments_of_row(row, tokenizer, suffix)]
-        encoded = encoder.encode([segments for segments, _ in conversations])
+    make = _DocumentMaker(SegmentEncoder(tokenizer), max_length, loss_on, suffix)
+    all_rows = (Row({key: row.fields[key] for key in _FIELDS if key in row.fields}, row.where) for row in as_rows(rows))
+    blocks = iter(lambda: list(islice(all_rows, _ROWS_AT_ONCE)), [])
+    for documents in map_in_processes(
+        make, blocks, num_processes=num_processes, num_here=_BLOCKS_OF_SMALL_DATA, preload=__name__
+    ):
+        is_any_left |= bool(documents)
+        yield from documents
+    if not is_any_left:
+        raise ValueError(f"data: no document has a completion within --max-length {max_length} tokens")
+
+
+@dataclass(frozen=True)
+class _DocumentMaker:
+    """Makes the documents of some rows, whose other fields don't matter."""
+
+    encoder: "SegmentEncoder"
+    max_length: int
+    loss_on: str
+    suffix: str
+
+    def __call__(self, rows: Sequence[Row]) -> list[Document]:
+        tokenizer, documents = self.encoder.tokenizer, []
+        conversations = [(segments, row) for row in rows for segments in _segments_of_row(row, tokenizer, self.suffix)]
+        encoded = self.encoder.encode([segments for segments, _ in conversations])
         for (token_ids, is_completion), (_, row) in zip(encoded, conversations, strict=True):
             if row.fields.get("finish_reason") == "length":  # a sample that was cut off did not end here
                 token_ids, is_completion = token_ids[:-1], is_completion[:-1]
-            is_target = np.ones(len(token_ids), dtype=bool) if loss_on == "all" else is_completion
-            document = Document(token_ids[:max_length], is_target[:max_length])
-            if document.num_targets:
-                is_any_left = True
-                yield document
-    if not is_any_left:
-        raise ValueError(f"data: no document has a completion within --max-length {max_length} tokens")
+            is_target = np.ones(len(token_ids), dtype=bool) if self.loss_on == "all" else is_completion
+            documents.append(Document(token_ids[: self.max_length], is_target[: self.max_length]))
+        return [document for document in documents if document.num_targets]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
