@@ -83,6 +83,17 @@ def test_templates_that_rewrite_earlier_turns_give_a_document_a_turn():
     assert everything[1].startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>")
 
 
+@pytest.mark.parametrize("template", ["has one", None])
+def test_a_sample_that_was_cut_off_does_not_end(template):
+    tokenizer = byte_tokenizer() if template else byte_tokenizer(chat_template=None)
+    row = {"prompt": "ab", "completion": "cd"}
+    whole, cut = documents([row | {"finish_reason": "stop"}, row | {"finish_reason": "length"}], tokenizer)
+    assert whole.token_ids[-1] == tokenizer.eos_token_id
+    assert whole.is_target[-1]
+    assert cut.token_ids.tolist() == whole.token_ids[:-1].tolist()
+    assert tokenizer.decode(cut.token_ids[cut.is_target]) == "cd"
+
+
 def test_cut_documents_and_those_without_a_target():
     tokenizer = byte_tokenizer(chat_template=None)
     rows = [{"prompt": "abc", "completion": "defgh"}, {"prompt": "abcdefgh", "completion": "i"}]
