@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from m1 import cli
 from m1.config import QuickstartConfig
 from m1.quickstart.recipe import Recipe, middle_layers
-from m1.quickstart.run import Quickstart, run
+from m1.quickstart.run import WRITTEN, Quickstart, run
 from m1.storage import read_run_record
 from tests.training.tiny import byte_tokenizer
 
@@ -214,6 +214,9 @@ def test_quickstart(base, tmp_path):
 
     with pytest.raises(FileExistsError, match="--overwrite"):
         run(QuickstartConfig(base=str(base), out=str(out)))
+    with pytest.raises(FileExistsError, match="holds what no quickstart wrote, such as"):
+        run(QuickstartConfig(base=str(base), out=str(out / "hybrid")))
+    assert {path.name for path in out.iterdir()} == WRITTEN
 
 
 @pytest.mark.parametrize(("num_layers", "kept"), [(30, list(range(8, 23))), (24, list(range(6, 18))), (3, [1, 2]), (1, [0])])

@@ -32,7 +32,7 @@ from m1.evaluation.regrade import regrade
 from m1.evaluation.runner import evaluate, summarize_run
 from m1.evaluation.sampling import Prompt
 from m1.evaluation.tasks import TASKS, load_task, parse_tasks, task_name
-from m1.evaluation.text import summary_columns, summary_row
+from m1.evaluation.text import summary_columns, summary_rows
 from m1.evaluation.votes import Verify, load_verifier
 from m1.reasoning.answers import ANSWER_INSTRUCTION
 from m1.reasoning.problems import Problem
@@ -243,9 +243,10 @@ def prompt_maker(backend: Backend, task: str, suffix: str | None) -> Callable[[P
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
     """One table a kind of run."""
-    table = Table(*summary_columns(results.values()), title="Results", title_justify="left")
-    for task, summary in results.items():
-        table.add_row(task, *summary_row(summary))
+    summaries = list(results.values())
+    table = Table(*summary_columns(summaries), title="Results", title_justify="left")
+    for task, cells in zip(results, summary_rows(summaries), strict=True):
+        table.add_row(task, *cells)
     console.print(table)
 
 

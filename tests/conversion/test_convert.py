@@ -95,6 +95,12 @@ def test_converting_nothing_changes_nothing(base_directory: Path) -> None:
     assert torch.equal(logits(convert(dense, attention_fraction=1)), logits(dense))
 
 
+def test_of_a_transformer_the_command_says_what_it_is_for(base_directory, tmp_path, capsys) -> None:
+    assert run_cli("--base", base_directory, "--out", tmp_path / "teacher", "--attention-fraction", 1) == 0
+    printed = capsys.readouterr().out
+    assert "m1 sample --model" in printed and "m1 align" not in printed
+
+
 def test_base_and_hybrid_share_nothing(base_directory: Path) -> None:
     dense, _ = load_base(base_directory)
     before = logits(dense)

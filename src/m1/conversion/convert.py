@@ -192,7 +192,7 @@ def run(config: ConvertConfig) -> None:
         tokenizer.save_pretrained(directory)
         facts = {"layer_types": hybrid.layer_types, "fits": [dataclasses.asdict(fit) for fit in fits]}
         storage.write_run_record(directory, "convert", dataclasses.asdict(config), **facts)
-    _conclude(config, fits, is_gguf)
+    _conclude(config, fits, is_gguf, has_mixers=bool(hybrid.mixer_layers))
 
 
 def _is_done(config: ConvertConfig) -> bool:
@@ -258,12 +258,15 @@ def _convert_for(
     return model.to(dtype=DTYPES[config.dtype], device="cpu"), tokenizer, fits
 
 
-def _conclude(config: ConvertConfig, fits: list[LayerFit], is_gguf: bool) -> None:
+def _conclude(config: ConvertConfig, fits: list[LayerFit], is_gguf: bool, has_mixers: bool) -> None:
     """Say where the result is, how near it starts, and what comes next."""
     if fits:
         before, after = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("error_before", "error_after"))
         print(f"fit       distance of mixers from attention {before:.2f} -> {after:.2f} (mean over layers; 0 is equal)")
     print(f"done      {config.out}")
+    if not has_mixers:
+        print(f"next      m1 sample --model {config.out} …, m1 convert --base {config.out} …; it is their --teacher too")
+        return
     teacher = config.base
     if is_gguf:
         teacher = "TEACHER"

@@ -14,7 +14,7 @@ from m1.evaluation.records import read_records
 from m1.evaluation.report import Curve, Report, curve_plot
 from m1.evaluation.runner import summarize_run
 from m1.evaluation.summary import majority_at_k, pass_at_k
-from m1.evaluation.text import percent, summary_columns, summary_row, with_error
+from m1.evaluation.text import percent, summary_columns, summary_rows, with_error
 from m1.storage import read_run_record
 
 RECORDS_SUFFIX = ".jsonl.gz"
@@ -130,8 +130,9 @@ def _task(report: Report, runs: Sequence[Run]) -> None:
             report.text(f"Unfinished: {run.name} has yet to be asked {missing} of {run.settings['num_problems']} problems.")
     if len({run.settings["digest"] for run in runs}) > 1:
         report.text("These runs differ in problems or prompts: the rows of the table are not strictly comparable.")
-    columns = ["model", *summary_columns([run.summary for run in runs])[1:]]
-    report.table(columns, [(run.name, *summary_row(run.summary)) for run in runs])
+    summaries = [run.summary for run in runs]
+    columns = ["model", *summary_columns(summaries)[1:]]
+    report.table(columns, [(run.name, *cells) for run, cells in zip(runs, summary_rows(summaries), strict=True)])
     if runs[0].is_stopped_early:
         _budgets(report, runs, "time_budgets", "seconds")
         _budgets(report, runs, "token_budgets", "tokens")

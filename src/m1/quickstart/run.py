@@ -44,10 +44,11 @@ from m1.training.sft import sft
 
 NEEDED_MEMORY = 8 * GIB
 NEEDED_DISK = 2 * GIB
+WRITTEN = {"base", "records", "transformer", "hybrid", "results.json", "heldout.jsonl", "report.html"}  # in `out`
 
 
 def run(config: QuickstartConfig) -> None:
-    """The command. Raises FileExistsError if a finished quickstart stands in `out`, unless told to overwrite it."""
+    """The command. Raises FileExistsError if `out` holds a finished quickstart, or anything else, unless told to overwrite."""
     out = Path(config.out)
     if (out / "report.html").exists() and not config.overwrite:
         raise FileExistsError(
@@ -55,6 +56,9 @@ def run(config: QuickstartConfig) -> None:
         )
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; give another --out")
+    others = {path.name for path in out.glob("[!.]*")} - WRITTEN
+    if others and not config.overwrite:
+        raise FileExistsError(f"{out} holds what no quickstart wrote, such as {min(others)}; give another --out")
     require_memory(NEEDED_MEMORY, "m1 quickstart")
     require_disk(out, NEEDED_DISK, "m1 quickstart")
     Quickstart(config, out).run()
