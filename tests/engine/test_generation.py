@@ -194,3 +194,16 @@ def test_a_checkpoint_directory_is_an_engine(tmp_path):
     (shared,) = Engine(model, tokenizer).generate(["a b"], params)[0]
     assert (loaded.text, loaded.token_ids, loaded.finish_reason) == (shared.text, shared.token_ids, shared.finish_reason)
     assert loaded.logprobs == pytest.approx(shared.logprobs, abs=ENGINE_LOGPROBS)  # its products are merged
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(None, 4), (torch.bfloat16, 4 + 2)])
+def test_a_checkpoint_that_does_not_fit_is_not_loaded(tmp_path, monkeypatch, dtype, itemsize):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    size = itemsize * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("m1.storage.available_memory", lambda: size - 1)
+    with pytest.raises(MemoryError, match=f"loading {tmp_path} needs about"):
+        Engine(tmp_path, dtype=dtype)
+    monkeypatch.setattr("m1.storage.available_memory", lambda: size)
+    Engine(tmp_path, dtype=dtype)
