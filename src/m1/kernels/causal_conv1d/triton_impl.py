@@ -25,9 +25,9 @@ MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: wh
 class ConvConfig(NamedTuple):
     """Launch sizes; the sweep tries several.
 
-    chunk: tokens a program; steps, num_warps: of the forward, a tile's tokens and warps of 256 channels; backward_steps,
-    which divides chunk, backward_warps and backward_channels: of the backward, the last a thread's, None for 2, or 1 where
-    a thread serves many filters.
+    chunk: tokens a program; steps, num_warps: of the forward, a tile's tokens and warps of 256 channels, or of as many as
+    there are; backward_steps, which divides chunk, backward_warps and backward_channels: of the backward, the last a
+    thread's, None for 2, or 1 where a thread serves many filters.
     """
 
     chunk: int = 64
@@ -37,9 +37,10 @@ class ConvConfig(NamedTuple):
     backward_warps: int = 1
     backward_channels: int | None = None
 
-    def forward_sizes(self, width: int) -> dict[str, int]:
+    def forward_sizes(self, width: int, num_sources: int) -> dict[str, int]:
         taps = triton.next_power_of_2(width)
-        return {"WIDTH": width, "TAPS": taps, "STEPS": max(self.steps, taps), "BLOCK": 256 * self.num_warps}
+        block = min(256 * self.num_warps, max(triton.next_power_of_2(num_sources), 32))
+        return {"WIDTH": width, "TAPS": taps, "STEPS": max(self.steps, taps), "BLOCK": block}
 
     def backward_sizes(self, width: int, repeat: int) -> dict[str, int]:
         members = max(number for number in range(1, MOST_MEMBERS + 1) if repeat % number == 0)
@@ -100,7 +101,7 @@ class _CausalConv1d(torch.autograd.Function):
         final_state = None
         if output_final_state:
             final_state = torch.empty(chunks.num_sequences, num_sources, width - 1, dtype=x.dtype, device=x.device)
-        sizes, unit = config.forward_sizes(width), stride_unit([x.stride(0)])
+        sizes, unit = config.forward_sizes(width, num_sources), stride_unit([x.stride(0)])
         conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * repetition["REPEAT"], chunks.num_chunks)](
             x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0) // unit, num_sources,
             **sizes, **repetition, UNIT=unit, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
