@@ -127,7 +127,8 @@ def test_bf16_states_are_rounded_once() -> None:
     inputs = make_inputs(33, (192, 64, 16, 16), 4, True, torch.bfloat16, "cuda")
     inputs["ssm_state"] = inputs["ssm_state"].bfloat16()
     inputs["conv_state"] = inputs["conv_state"].contiguous()  # the other layout of a window
-    check(inputs, torch.randperm(35, device="cuda")[:33])
+    for config in (None, kernel.StepConfig(1, 1)):
+        check(inputs, torch.randperm(35, device="cuda")[:33], config)
 
 
 @pytest.mark.gpu
