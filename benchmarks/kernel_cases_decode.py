@@ -19,18 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BYTES_A_SECOND = 3.0e12  # an H100's device-to-device copy, bytes read plus bytes written
+COPY_RATES = {"H200": 4.3e12, "H100": 3.0e12}  # of device-to-device copies: bytes read plus bytes written a second
 FLOPS_A_SECOND = 800e12  # its bf16 matrix products at 8192³
 CACHE_BYTES = 128 * 2**20  # input sets together are at least this
 Calls = list[Callable[[], Any]]
+
+
+@functools.cache
+def bytes_a_second() -> float:
+    """The rate of copies that floors take: of this machine's GPU, or of an H100."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for part, rate in COPY_RATES.items() if part in name), COPY_RATES["H100"])
 
 
 @dataclass(frozen=True)
 class Case:
     """One line of the table: `build` for our op, `build_reference` for torch's, `sweep` for other configurations of ours.
 
-    Our calls can be captured in a CUDA graph; the references may synchronise and are timed without one. `build_compiled` is
-    given where torch.compile of the reference's call would not reach the work: a backward alone.
+    Our calls can be captured in a CUDA graph; the references may synchronise and are timed without one. What a backward's calls
+    do besides, the forward, is `build_forward` (of a configuration, None for the chosen one) and `build_reference_forward`;
+    their times are subtracted.
     """
 
     name: str
@@ -39,12 +47,13 @@ class Case:
     build_reference: Callable[[], Calls] | None = None
     flops: int = 0
     sweep: dict[str, Callable[[], Calls]] = field(default_factory=dict)
-    build_compiled: Callable[[], Calls] | None = None
+    build_forward: Callable[[Any], Calls] | None = None
+    build_reference_forward: Callable[[], Calls] | None = None
 
     @property
     def floor_seconds(self) -> float:
         """The larger of bytes over bandwidth and arithmetic over the tensor cores' rate."""
-        return max(self.bytes_moved / BYTES_A_SECOND, self.flops / FLOPS_A_SECOND)
+        return max(self.bytes_moved / bytes_a_second(), self.flops / FLOPS_A_SECOND)
 
 
 MODELS = {  # hidden, intermediate, query heads, key/value heads, head width, vocabulary
@@ -207,33 +216,42 @@ def _write_case(model: str, tokens: int, is_rotating: bool, dtype: torch.dtype) 
 def _pointwise_case(
     name: str, bytes_moved: int, module: str, op: str, inputs: Callable[[], list[Any]], num_grads: int = 0, **options: Any
 ) -> Case:
-    """An op of m1.kernels.<module>; with num_grads, only the backward to its first inputs is timed. options: its keywords."""
+    """An op of m1.kernels.<module>; with num_grads, the backward to its first inputs. options: its keywords."""
 
-    def build_for(implementation: str, is_compiled: bool = False) -> Calls:
+    def build_for(implementation: str, is_backward: bool) -> Calls:
         import importlib
 
         function = functools.partial(getattr(importlib.import_module(f"m1.kernels.{module}.{implementation}"), op), **options)
-        function = torch.compile(function) if is_compiled else function
         calls: Calls = []
         for _ in range(min(_sets(bytes_moved), 32)):
-            given = inputs()
-            if num_grads == 0:
-                calls.append(lambda given=given: function(*given))
-                continue
-            leaves = [x.requires_grad_() if i < num_grads else x for i, x in enumerate(given)]
-            out = function(*leaves)
-            outputs = out if isinstance(out, tuple) else (out,)
-            upstream = [torch.randn_like(x) for x in outputs]
-            calls.append(lambda o=outputs, x=leaves[:num_grads], g=upstream: torch.autograd.grad(o, x, g, retain_graph=True))
+            given = [x.requires_grad_() if i < num_grads else x for i, x in enumerate(inputs())]
+            calls.append(functools.partial(function, *given))
+            if is_backward:
+                calls[-1] = _gradients_of(calls[-1], given[:num_grads])
         return calls
 
     return Case(
         name,
         bytes_moved,
-        lambda: build_for("triton_impl"),
-        lambda: build_for("reference"),
-        build_compiled=functools.partial(build_for, "reference", True),
+        lambda: build_for("triton_impl", num_grads > 0),
+        lambda: build_for("reference", num_grads > 0),
+        build_forward=(lambda _: build_for("triton_impl", False)) if num_grads else None,
+        build_reference_forward=(lambda: build_for("reference", False)) if num_grads else None,
     )
+
+
+def _gradients_of(function: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], Any]:
+    """A call that runs `function` forwards and then backwards to `leaves`."""
+    upstream: list[Tensor] = []
+
+    def call() -> Any:
+        out = function()
+        outputs = out if isinstance(out, tuple) else (out,)
+        if not upstream:
+            upstream.extend(torch.randn_like(x) for x in outputs)
+        return torch.autograd.grad(outputs, leaves, upstream)
+
+    return call
 
 
 def _pointwise_cases(model: str, tokens: int) -> list[Case]:

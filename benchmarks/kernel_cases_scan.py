@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_cases_decode import BYTES_A_SECOND, CACHE_BYTES, Calls, Case
+from kernel_cases_decode import CACHE_BYTES, Calls, Case, bytes_a_second
 from torch import Tensor
 
 EXPONENTIALS_A_SECOND = 132 * 16 * 1.7e9  # an H100's special-function units
@@ -21,14 +21,12 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class ScanCase(Case):
-    """A Case that knows special functions, a part to subtract (a backward's forward), and its tunable configuration.
+    """A Case that knows special functions and its tunable configuration.
 
     `build_with` takes a configuration; `fields` names those of its fields worth trying, with their values.
     """
 
     exponentials: float = 0
-    build_forward: Callable[[Any], Calls] | None = None
-    build_reference_forward: Callable[[], Calls] | None = None
     build_with: Callable[[Any], Calls] | None = None
     default: Callable[[], Any] | None = None
     fields: dict[str, list[Any]] = field(default_factory=dict)
@@ -36,7 +34,7 @@ class ScanCase(Case):
     @property
     def floor_seconds(self) -> float:
         """The larger of bytes over bandwidth and special functions over their units' rate."""
-        return max(self.bytes_moved / BYTES_A_SECOND, self.exponentials / EXPONENTIALS_A_SECOND)
+        return max(self.bytes_moved / bytes_a_second(), self.exponentials / EXPONENTIALS_A_SECOND)
 
 
 def _randn(*shape: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernel_cases_decode import BYTES_A_SECOND, FLOPS_A_SECOND, Calls
+from kernel_cases_decode import FLOPS_A_SECOND, Calls, bytes_a_second
 from kernel_cases_scan import ScanCase, _documents, _gradients, _sets
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class SsdCase(ScanCase):
 
     @property
     def floor_seconds(self) -> float:
-        return max(self.bytes_moved / BYTES_A_SECOND, self.flops / FLOPS_A_SECOND)
+        return max(self.bytes_moved / bytes_a_second(), self.flops / FLOPS_A_SECOND)
 
 
 def _randn(*shape: int) -> Tensor:

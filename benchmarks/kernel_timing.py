@@ -12,10 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernel_cases_decode import Calls, Case, time_calls
+from kernel_cases_decode import Calls, Case, bytes_a_second, time_calls
 
 REFERENCE_SECONDS = 0.1  # roughly what timing one reference may take after its first call
 OURS, REFERENCE, COMPILED = "ours", "reference", "compiled"  # what is timed of a case; the last: torch.compile of the reference
+WITHOUT_GRAPH = (
+    "without a graph"  # the note on a time after a capture that failed: the process may be unable to capture another
+)
 
 
 def all_cases() -> list[Case]:
@@ -83,6 +86,7 @@ def hardware() -> dict[str, Any]:
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "copy_bytes_a_second": copy_rate(),
+        "floor_bytes_a_second": bytes_a_second(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
@@ -97,14 +101,14 @@ def time_ours(build: Callable[[], Calls]) -> tuple[float, str]:
         if not any(word in str(error) for word in ("captur", "stream")):
             raise
         torch.cuda.synchronize()
-        return time_eagerly(calls), "without a graph"
+        return time_eagerly(calls), WITHOUT_GRAPH
 
 
 def time_case(case: Case, config: Any = None) -> tuple[float, str]:
     """Seconds of a case as chosen, or in another configuration, less what it says to subtract."""
     build = case.build if config is None else (lambda: case.build_with(config))  # type: ignore[attr-defined]
     seconds, note = time_ours(build)
-    forward = getattr(case, "build_forward", None)
+    forward = case.build_forward
     if forward is not None:
         seconds -= time_ours(lambda: forward(config))[0]
     return seconds, note
@@ -112,20 +116,11 @@ def time_case(case: Case, config: Any = None) -> tuple[float, str]:
 
 def compiled_calls(case: Case) -> Calls:
     """torch.compile of the case's reference and, where that is to be subtracted, of its forward; called once each."""
-    assert case.build_reference is not None
-    if case.build_compiled is not None:
-        calls = case.build_compiled()[:1]
-    else:
-        builds = [case.build_reference, *([forward] if (forward := forward_of_reference(case)) else [])]
-        calls = [torch.compile(build()[0], dynamic=False) for build in builds]
+    builds = [build for build in (case.build_reference, case.build_reference_forward) if build is not None]
+    calls = [torch.compile(build()[0], dynamic=False) for build in builds]
     for call in calls:
         call()
     return calls
-
-
-def forward_of_reference(case: Case) -> Callable[[], Calls] | None:
-    """What is subtracted from the time of a backward's reference, if that runs the forward too."""
-    return getattr(case, "build_reference_forward", None)
 
 
 def time_compiled(calls: Calls) -> float:
@@ -137,7 +132,7 @@ def time_compiled(calls: Calls) -> float:
 def time_reference(case: Case) -> float:
     """Seconds of the torch reference."""
     assert case.build_reference is not None
-    forward = forward_of_reference(case)
+    forward = case.build_reference_forward
     return time_eagerly(case.build_reference()) - (time_eagerly(forward()) if forward else 0.0)
 
 

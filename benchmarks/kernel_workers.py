@@ -22,6 +22,7 @@ import torch
 from kernel_timing import (
     COMPILED,
     OURS,
+    WITHOUT_GRAPH,
     chosen_cases,
     compiled_calls,
     hardware,
@@ -62,6 +63,9 @@ def warm_all(options: argparse.Namespace, num_processes: int) -> None:
     with ProcessPoolExecutor(max_workers=num_processes, mp_context=context) as pool:
         for job in as_completed([pool.submit(warm, options.only, *job) for job in jobs]):
             num_failed += job.exception() is not None
+            if is_due(options):
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
     print(f"compiled for {len(jobs)} cases in {time.monotonic() - began:.0f} s, {num_failed} failed", flush=True)
 
 
@@ -73,6 +77,8 @@ def serve(options: argparse.Namespace) -> None:
         torch._dynamo.config.recompile_limit = len(jobs)  # several cases are one function, each for its own sizes
         compiled = [index for index, (kind, _) in enumerate(jobs) if kind == COMPILED]
         for index in compiled[options.worker - 1 :: options.compilers]:
+            if is_due(options):
+                break
             held[index] = compile_ahead(jobs[index][1])
             torch.cuda.empty_cache()
     torch.zeros(1, device="cuda")
@@ -88,10 +94,16 @@ def serve(options: argparse.Namespace) -> None:
                 row = sweep_case(case) if options.sweep else run_job(kind, case)
         except Exception as error:
             row = {name_of_error(kind): f"{type(error).__name__}: {error}"[:2000]}
-        print("ROW " + json.dumps(row), flush=True)
-        if "CUDA error" in row.get(name_of_error(kind), ""):
-            sys.exit(3)  # this process's context is lost
+        is_spent = row.get("note") == WITHOUT_GRAPH or "CUDA error" in row.get(name_of_error(kind), "")
+        print(("LAST " if is_spent else "ROW ") + json.dumps(row), flush=True)
+        if is_spent:
+            return
         torch.cuda.empty_cache()
+
+
+def is_due(options: argparse.Namespace) -> bool:
+    """Whether timing shall start, whatever is not compiled yet."""
+    return options.start_when is not None and bool(options.start_when.exists())
 
 
 def compile_ahead(case: Any) -> Callable[[], dict[str, Any]]:
@@ -133,8 +145,8 @@ class Worker:
             lines.put(line)
         lines.put(None)
 
-    def _answer(self, word: str, seconds: float) -> str:
-        """The rest of the next line that begins with `word`; RuntimeError if the worker ended or hangs."""
+    def _answer(self, words: tuple[str, ...], seconds: float) -> tuple[str, str]:
+        """The next line that begins with one of `words`, and its rest; RuntimeError if the worker ended or hangs."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -144,14 +156,15 @@ class Worker:
                 raise RuntimeError(f"no result in {seconds} s") from None
             if line is None:
                 raise RuntimeError(f"the worker died with status {self._process.wait()}")
-            if line.startswith(word):
-                return line[len(word) :]
+            word, _, rest = line.partition(" ")
+            if word.rstrip() in words:
+                return word, rest
             print(line, end="", flush=True)
 
     def wait(self) -> None:
         """Return when it can be asked; RuntimeError if it never can."""
         if not self._is_ready:
-            self._answer("READY", START_SECONDS)
+            self._answer(("READY",), START_SECONDS)
             self._is_ready = True
 
     def ask(self, index: int) -> dict[str, Any]:
@@ -160,11 +173,15 @@ class Worker:
             self.wait()
             assert self._process.stdin is not None
             print(index, file=self._process.stdin, flush=True)
-            return json.loads(self._answer("ROW ", self._seconds))  # type: ignore[no-any-return]
+            word, row = self._answer(("ROW", "LAST"), self._seconds)
         except (RuntimeError, BrokenPipeError) as error:
             self._process.kill()
             self._start()
             raise RuntimeError(str(error)) from error
+        if word == "LAST":  # it cannot go on, and has ended itself
+            self._process.wait()
+            self._start()
+        return json.loads(row)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End it."""
@@ -190,6 +207,7 @@ def run_jobs(options: argparse.Namespace, workers: list[Worker], keep: Callable[
     jobs = [(kind, case.name) for kind, case in jobs_of(options)]
     first_compiled = sum(kind != COMPILED for kind, _ in jobs)
     rows: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
     for index, (kind, name) in enumerate(jobs):
         number = 0 if kind != COMPILED else 1 + (index - first_compiled) % options.compilers
         row = rows.setdefault(name, {"name": name})
@@ -200,7 +218,7 @@ def run_jobs(options: argparse.Namespace, workers: list[Worker], keep: Callable[
         if kind != OURS and f"{kind}_seconds" in row and "seconds" in row:
             row[f"{kind}_over_ours"] = row[f"{kind}_seconds"] / row["seconds"]
         keep(list(rows.values()))
-        print(f"[{index + 1}/{len(jobs)}] {summary(row, kind)}", flush=True)
+        print(f"{time.monotonic() - began:4.0f} s [{index + 1}/{len(jobs)}] {summary(row, kind)}", flush=True)
 
 
 def summary(row: dict[str, Any], kind: str = OURS) -> str:

@@ -74,7 +74,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile our kernels first; 0: while timing")
     parser.add_argument("--compilers", type=int, default=4, help="processes that compile references")
-    parser.add_argument("--start-when", type=Path, metavar="FILE", help="once all is compiled, time nothing before it exists")
+    parser.add_argument(
+        "--start-when", type=Path, metavar="FILE", help="time nothing before it exists; compile ahead until then"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases' names and floors, time nothing")
     parser.add_argument("--output", type=Path, help="JSON file; results/kernels.json or results/kernel_sweep.json")
     parser.add_argument("--revision", default="", help="recorded instead of what git says")
