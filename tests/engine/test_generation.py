@@ -1,11 +1,12 @@
 """The engine with a model: its tokens are those of transformers' `generate`, whatever the schedule; so are log-probs."""
 
+import copy
 import functools
 
 import pytest
 import torch
 
-from m1.engine import Completion, Engine, SamplingParams, core
+from m1.engine import Completion, Engine, SamplingParams, core, few_tokens
 from m1.modeling import M1ForCausalLM
 from tests.engine.models import EOS, VARIANTS, assert_all_free, byte_tokenizer, random_prompts, tiny_engine, tiny_model
 from tests.numerics import ENGINE_LOGPROBS, ENGINE_LOGPROBS_BF16
@@ -146,6 +147,30 @@ def test_alternatives_are_the_most_likely_tokens():
     assert [next(iter(top)) for top in greedy.top_logprobs] == greedy.token_ids
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["mamba1", "mamba2", "dense"])
+def test_products_of_few_tokens_on_a_gpu(variant, monkeypatch):
+    """In a model whose layers all stream their weights: eager steps and graphs, kernels that begin before the one ahead has
+    ended, give the same tokens, and log-probs are the fp32 model's on a CPU."""
+    monkeypatch.setattr(few_tokens, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(few_tokens, "ALIGNMENT", 16)
+    model = tiny_model(variant, initializer_range=0.05, hidden_size=160, intermediate_size=208, mlp_bias=True)
+    prompts, params = random_prompts(LENGTHS), SamplingParams(seed=2, max_tokens=32, ignore_eos=True)
+    outputs = []
+    for options in ({}, {"enforce_eager": True}, {"enforce_eager": True, "num_steps_ahead": 0}):
+        on_gpu = copy.deepcopy(model).to("cuda")
+        engine = tiny_engine(on_gpu, dtype=torch.bfloat16, max_num_seqs=len(LENGTHS), **options)
+        assert not any(type(module) is torch.nn.Linear for module in engine.model.modules())
+        outputs.append(engine.generate(prompts, params))
+    for rows in zip(*outputs, strict=True):
+        assert len({tuple(completion.token_ids) for (completion,) in rows}) == 1
+    differences = [
+        (torch.tensor(completion.logprobs) - forward_logprobs(model, prompt, completion.token_ids, 1.0)).abs()
+        for prompt, (completion,) in zip(prompts, outputs[0], strict=True)
+    ]
+    assert torch.cat(differences).mean() < ENGINE_LOGPROBS_BF16
+
+
 @pytest.mark.parametrize("variant", ["mamba1", "mamba2", "dense"])
 def test_bf16_copy_samples_close_to_its_fp32_model(variant):
     model = tiny_model(variant, initializer_range=0.05)
@@ -194,3 +219,16 @@ def test_a_checkpoint_directory_is_an_engine(tmp_path):
     (shared,) = Engine(model, tokenizer).generate(["a b"], params)[0]
     assert (loaded.text, loaded.token_ids, loaded.finish_reason) == (shared.text, shared.token_ids, shared.finish_reason)
     assert loaded.logprobs == pytest.approx(shared.logprobs, abs=ENGINE_LOGPROBS)  # its products are merged
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(None, 4), (torch.bfloat16, 4 + 2)])
+def test_a_checkpoint_that_does_not_fit_is_not_loaded(tmp_path, monkeypatch, dtype, itemsize):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    size = itemsize * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("m1.storage.available_memory", lambda: size - 1)
+    with pytest.raises(MemoryError, match=f"loading {tmp_path} needs about"):
+        Engine(tmp_path, dtype=dtype)
+    monkeypatch.setattr("m1.storage.available_memory", lambda: size)
+    Engine(tmp_path, dtype=dtype)

@@ -13,8 +13,10 @@ from m1.engine.few_tokens import can_stream, stream_linears
 from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
+from m1.modeling.configuration import M1Config
 from m1.modeling.hybrid import M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
+from m1.storage import GIB, require_memory
 
 # Few numbers with exponentials behind them: rounding them would change the dynamics, and the kernels take them in fp32.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", "mixer.D")
@@ -72,12 +74,33 @@ def for_sampling(model: M1ForCausalLM, is_quantized: bool = False) -> M1ForCausa
 def load_for_sampling(
     source: str | Path, dtype: torch.dtype | None, device: torch.device | str, is_quantized: bool = False
 ) -> M1ForCausalLM:
-    """A checkpoint's model in its own dtype, or in another one with the mixers' dynamics as exact as they are stored."""
-    stored = load_config(source).dtype
-    model = load_model(source, dtype=stored if isinstance(stored, torch.dtype) else torch.float32, device=device)
+    """A checkpoint's model in its own dtype, or in another one with the mixers' dynamics as exact as they are stored.
+
+    Raises MemoryError, before anything is loaded, where there is no room for its weights.
+    """
+    config = load_config(source)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    _require_room(source, config, stored, dtype or stored, torch.device(device))
+    model = load_model(source, dtype=stored, device=device)
     if dtype in (None, model.model.embed_tokens.weight.dtype):
         return for_sampling(model, is_quantized)
     return sampling_copy(model, dtype, is_quantized)
+
+
+def _require_room(source: str | Path, config: M1Config, stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
+    """Weights are loaded into main memory as they are stored; where they end, a copy in another dtype stands beside them."""
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in M1ForCausalLM(config).parameters())
+    size = num_parameters * stored.itemsize
+    with_copy = size if dtype == stored else size + num_parameters * dtype.itemsize
+    require_memory(size if device.type == "cuda" else with_copy, f"loading {source}")
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < with_copy:
+            raise MemoryError(
+                f"{source}: its weights need {with_copy / GIB:.1f} GiB on the GPU, {free / GIB:.1f} GiB are free; "
+                "end what else uses it, or take a smaller model"
+            )
 
 
 def _copy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
