@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from m1.backends import engine_backend, open_backend
+from m1.backends.opening import _load_engine
 from m1.backends.server import server_backend
 from m1.backends.transformers import transformers_backend
 from m1.backends.vllm import vllm_backend
@@ -263,6 +264,7 @@ def test_no_server_and_no_url(monkeypatch):
         ({"model": "m", "concurrency": -1}, "--concurrency"),
         ({"model": "m", "quantization": "fp8", "backend": "transformers"}, "--quantization fp8: M1's engine alone"),
         ({"model": "m", "quantization": "fp8", "url": "http://x"}, "--quantization fp8: M1's engine alone"),
+        ({"model": "m", "state_dtype": "bfloat16", "backend": "vllm"}, "--state-dtype bfloat16: M1's engine alone"),
         ({"model": "./nowhere"}, "no such model directory"),
         ({"model": "./nowhere", "backend": "transformers"}, "no such model directory"),
     ],
@@ -285,6 +287,16 @@ def test_an_engine_in_8_bits_says_so(tmp_path):
     params = {"temperature": 0.0, "max_tokens": 1, "seed": 0}
     found = [backend.generate([SampleRequest("ab", 1, params)], Watch())[0][0] for backend in (plain, quantized)]
     assert 0 < abs(found[0].mean_logprob - found[1].mean_logprob) < 0.5
+
+
+def test_states_of_16_bits_take_half_the_memory_and_are_told(tmp_path):
+    tiny_model("mamba2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = SolveConfig(model=str(tmp_path), device="cpu", state_dtype=kind)
+        engine = _load_engine(config, has_deadline=False)
+        assert engine.runner.state.slot_stacks[1].dtype == dtype
+        assert open_backend(config).identity.get("state_dtype", "float32") == kind
 
 
 def test_what_vllm_gives_in_pieces_is_put_together(fake_vllm):

@@ -324,6 +324,8 @@ class SamplingConfig:
     """Address of a server that speaks OpenAI's protocol, http://HOST:PORT/v1; the key is taken from OPENAI_API_KEY."""
     concurrency: int = 0
     """Samples that run at once; 0: as many as the backend finds good, fewer under a time budget, since fewer end sooner."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the engine keeps a mixer's SSM states in; bfloat16 halves them, and what a step reads of them."""
     quantization: Literal["none", "fp8"] = "none"
     """fp8: the engine multiplies 8-bit weights and keeps 8-bit keys and values, 16-bit states; it saves time on a GPU only."""
     logprobs: bool = True

@@ -54,8 +54,9 @@ def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backe
         raise ValueError(f"--concurrency: expected at least 0, got {config.concurrency}")
     if config.url and config.backend not in ("engine", "server"):
         raise ValueError(f"--url: a server has its own backend; leave out --backend {config.backend}")
-    if config.quantization != "none" and (config.url or config.backend != "engine"):
-        raise ValueError(f"--quantization {config.quantization}: M1's engine alone has it; leave out --url and --backend")
+    for name, value in _engine_options(config).items():
+        if config.url or config.backend != "engine":
+            raise ValueError(f"--{name.replace('_', '-')} {value}: M1's engine alone has it; leave out --url and --backend")
     if config.url or config.backend == "server":
         return _open_server(config)
     if config.backend == "engine":
@@ -63,9 +64,14 @@ def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backe
     else:
         opened = {"transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
     opened.identity = {"model": config.model, "backend": config.backend, "weights": fingerprint(config.model)}
-    if config.quantization != "none":
-        opened.identity["quantization"] = config.quantization
+    opened.identity |= _engine_options(config)
     return opened
+
+
+def _engine_options(config: SamplingConfig) -> dict[str, str]:
+    """What makes the engine's arithmetic another one than by default."""
+    options = {"quantization": (config.quantization, "none"), "state_dtype": (config.state_dtype, "float32")}
+    return {name: value for name, (value, default) in options.items() if value != default}
 
 
 def fingerprint(model: str) -> str | None:
@@ -110,8 +116,10 @@ def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
     device = local_device(config.device)
     concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
     options: dict[str, Any] = {"dtype": inference_dtype(device), "device": device, "max_num_seqs": concurrency}
+    if config.state_dtype == "bfloat16" or config.quantization == "fp8":
+        options["state_dtype"] = torch.bfloat16
     if config.quantization == "fp8":
-        options |= {"quantization": "fp8", "kv_cache_dtype": "fp8", "state_dtype": torch.bfloat16}
+        options |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
     return Engine(config.model, load_tokenizer(config.model), **options)
 
 
