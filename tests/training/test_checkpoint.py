@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from m1.distributed import LostRankError, rank
-from m1.training import checkpoint_writer
+from m1.training import checkpoint_writer, saving
 from m1.training.checkpoint import TrainingState, list_checkpoints, load_newest_checkpoint, read_manifest
 from m1.training.checkpoint_writer import CheckpointWriter
 from m1.training.loop import TrainingDivergedError
@@ -252,6 +252,8 @@ class FullAtStep5(SFTStage):
 
 
 def fill_the_disk(out):
+    saving.PATIENCE = 0.1  # of this process
+    saving.PAUSE = 0.05
     run_and_tell(out, {"checkpoint_every": 2}, FullAtStep5, OSError)
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from m1.config import SFTConfig
 from m1.modeling.loading import load_model, load_tokenizer
 from m1.storage import read_run_record
-from m1.training import checkpoint_writer
-from m1.training.checkpoint import list_checkpoints
+from m1.training import checkpoint_writer, saving
+from m1.training.checkpoint import TrainingState, list_checkpoints
+from m1.training.interruption import Stop
 from m1.training.loop import Step, TrainingDivergedError, _accumulate, _train_step, train
 from m1.training.metrics import read_metrics
 from m1.training.optimizer import build_optimizer, learning_rate_factor, select_trainable, squared_gradient_norm
@@ -192,21 +193,84 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == lines
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, uninterrupted, monkeypatch):
-    real, saves = checkpoint_writer.save_file, []
+class Disk:
+    """Takes the place of safetensors' writer; the saves of the numbers in `full` find no room."""
 
-    def save_file(tensors, path):
-        saves.append(path)
-        if len(saves) == 2:
+    def __init__(self, monkeypatch, full):
+        self.real, self.full, self.saves = checkpoint_writer.save_file, full, 0
+        monkeypatch.setattr(checkpoint_writer, "save_file", self.save_file)
+        monkeypatch.setattr(saving, "PAUSE", 0.01)
+
+    def save_file(self, tensors, path):
+        self.saves += 1
+        if self.saves in self.full:
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        self.real(tensors, path)
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", save_file)
+
+def names_of(directory):
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_without_room_is_tried_again(tmp_path, uninterrupted, monkeypatch, capsys):
+    """The save after step 4 finds no room; that after step 5, which is not due, takes its place."""
+    Disk(monkeypatch, full=(2,))
+    assert_equal(run(tmp_path / "out", keep_checkpoints=9, async_save=False), uninterrupted[0])
+    assert "step 4: a checkpoint could not be written ([Errno 28] No space left on device)" in capsys.readouterr().out
+    assert names_of(tmp_path / "out") == ["step-00000002", "step-00000005", "step-00000006"]
+
+
+def test_tries_become_rarer(tmp_path, uninterrupted, monkeypatch, capsys):
+    """After step 1, which fails, comes step 2, then 4: twice as long as before."""
+    Disk(monkeypatch, full=(1, 2))
+    config = make_config(tmp_path / "out", checkpoint_every=100, async_save=False)
+    model, directory = tiny.model(), RunDirectory("sft", config)
+    directory.create()
+    state = TrainingState(model, build_optimizer(model, config))
+    saver = saving.RunSaver(model, SFTStage(model, tiny.documents(20), config), config, directory, state)
+    saver._next_try = 1
+    for step in range(1, 6):
+        saver.keep(step, Stop())
+    said = capsys.readouterr().out
+    assert "step 1: a" in said
+    assert "again after step 2" in said
+    assert "step 2: a" in said
+    assert "again after step 4" in said
+    assert names_of(tmp_path / "out") == ["step-00000004"]
+
+
+def test_a_save_beside_the_training_that_fails_is_heard_of(tmp_path, uninterrupted, monkeypatch, capsys):
+    Disk(monkeypatch, full=(2,))
+    assert_equal(run(tmp_path / "out"), uninterrupted[0])
+    assert "could not be written" in capsys.readouterr().out
+    assert names_of(tmp_path / "out")[-1] == "step-00000006"
+
+
+def test_a_disk_that_stays_full_leaves_the_checkpoint_before(tmp_path, uninterrupted, monkeypatch):
+    Disk(monkeypatch, full=range(2, 99))
+    monkeypatch.setattr(saving, "PATIENCE", 0.05)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert names_of(tmp_path / "out") == ["step-00000002"]
     monkeypatch.undo()
     assert_equal(run(tmp_path / "out"), uninterrupted[0])
+
+
+def test_the_last_checkpoint_waits_for_room(tmp_path, uninterrupted, monkeypatch, capsys):
+    disk = Disk(monkeypatch, full=range(2, 9))
+    assert_equal(run(tmp_path / "out"), uninterrupted[0])
+    assert disk.saves == 9
+    assert "Ctrl-C gives up" in capsys.readouterr().out
+    assert names_of(tmp_path / "out") == ["step-00000002", "step-00000006"]
+
+
+def test_a_model_without_room_is_left_out(tmp_path, uninterrupted, monkeypatch, capsys):
+    def export_step(directory, model, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "export_step", export_step)
+    assert_equal(run(tmp_path / "out", export_every=3), uninterrupted[0])
+    assert "step 3: the model could not be written" in capsys.readouterr().out
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):

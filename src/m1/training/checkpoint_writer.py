@@ -57,6 +57,11 @@ class CheckpointWriter:
         self._thread = Thread(target=self._try_to_write, args=(copies, first_rows, manifest), name=f"checkpoint-{step}")
         self._thread.start()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether `wait` would raise at once."""
+        return self._error is not None
+
     def wait(self) -> None:
         """Return when the checkpoint that is being written is there; raise what kept it from that."""
         if self._thread is not None:

@@ -18,15 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from m1.config import TrainConfig
-from m1.distributed import add_over_ranks, is_any, is_distributed, is_first, num_ranks, rank, sum_over_ranks
+from m1.distributed import add_over_ranks, is_distributed, is_first, num_ranks, rank, sum_over_ranks
 from m1.modeling import M1ForCausalLM
 from m1.training.average import WeightAverage
-from m1.training.checkpoint import TrainingState, load_newest_checkpoint, remove_leftovers
-from m1.training.checkpoint_writer import CheckpointWriter
+from m1.training.checkpoint import TrainingState
 from m1.training.interruption import interruptible
 from m1.training.metrics import MetricsLog, Record
 from m1.training.optimizer import build_optimizer, clip_gradients, set_learning_rates, squared_gradient_norm
 from m1.training.run_directory import RunDirectory
+from m1.training.saving import RunSaver
 from m1.training.sharding import add_gradients, divides, forget_gathered, is_divided, shard_model, synchronize_gradients
 from m1.training.trackers import open_trackers
 from m1.training.working_copies import WorkingCopies
@@ -126,17 +126,17 @@ def train(
     The gradient of a step is that of the mean over all targets of the step, on all ranks, however it is cut into micro-batches.
     Parameters that don't require gradients stay. With several ranks the model is whole on each or divided among them
     (`sharding.divides`), and stays so; with `ema_decay` it ends as the average of its weights. Raises TrainingDivergedError
-    before it would change a parameter by NaN, OSError for a checkpoint that can't be written (those before it stand), and
-    KeyboardInterrupt after the step that was running when Ctrl-C came, once that is saved.
+    before it would change a parameter by NaN, OSError if the last checkpoint can't be written (saving.py; those before it
+    stand), and KeyboardInterrupt after the step that was running when Ctrl-C came, once that is saved.
     """
     if divides(config, sum(parameter.numel() for parameter in model.parameters()), model.device):
         shard_model(model, precision=config.precision, reshard_after_forward=config.reshard_after_forward)
     optimizer = build_optimizer(model, config)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     copies = WorkingCopies(model, config.precision)
-    run = _Run(model, stage, config, directory, TrainingState(model, optimizer, average))
+    saver = RunSaver(model, stage, config, directory, TrainingState(model, optimizer, average))
     log = MetricsLog(directory.metrics if directory and is_first() else None)
-    first = _resume(run, log) if directory else 0
+    first = saver.resume(log)
     if directory and is_first():
         log.trackers = open_trackers(config.track, directory.path, asdict(config), first_step=first)
     began, tokens = time.perf_counter(), 0
@@ -151,71 +151,18 @@ def train(
                 if average is not None:
                     average.update()
                 tokens += record["tokens"]
-                is_last = step + 1 == config.steps
-                if step % config.log_every == 0 or is_last:
+                if step % config.log_every == 0 or step + 1 == config.steps:
                     log.write(record)
                 bar.set_postfix(_shown(record), refresh=False)
                 bar.update()
-                is_stopped = is_any(stop.is_requested)
-                run.keep(step + 1, is_due=is_last or is_stopped)
-                if is_stopped and not is_last:
+                if saver.keep(step + 1, stop):
                     raise KeyboardInterrupt
     finally:
         log.close()
-        run.wait()
+        saver.wait()
     if average is not None:
         average.swap()
     return TrainResult(log.records, config.steps, tokens, time.perf_counter() - began)
-
-
-class _Run:
-    """What a run leaves on its way: checkpoints, and models at intervals."""
-
-    def __init__(
-        self,
-        model: M1ForCausalLM,
-        stage: Stage,
-        config: TrainConfig,
-        directory: RunDirectory | None,
-        state: TrainingState,
-    ) -> None:
-        self.model, self.stage, self.config, self.directory, self.state = model, stage, config, directory, state
-        self.writer = (
-            CheckpointWriter(
-                directory.checkpoints, keep=config.keep_checkpoints, is_async=config.async_save, timeout=config.timeout
-            )
-            if directory
-            else None
-        )
-
-    def keep(self, step: int, *, is_due: bool) -> None:
-        """After `step` steps: a checkpoint if it is due or its time, and an export if that is."""
-        if self.directory is None or self.writer is None:
-            return
-        if is_due or step % self.config.checkpoint_every == 0:
-            self.writer.save(self.state, step, self.stage.state_dict())
-        if self.config.export_every and step % self.config.export_every == 0 and step < self.config.steps:
-            if self.state.average is not None:
-                self.state.average.swap()
-            self.directory.export_step(self.model, step)
-            if self.state.average is not None:
-                self.state.average.swap()
-
-    def wait(self) -> None:
-        if self.writer is not None:
-            self.writer.wait()
-
-
-def _resume(run: _Run, log: MetricsLog) -> int:
-    """Steps already done, according to the newest whole checkpoint, which is now in place."""
-    assert run.directory is not None
-    remove_leftovers(run.directory.checkpoints)
-    found = load_newest_checkpoint(run.directory.checkpoints, run.state)
-    step, position = found if found else (0, None)
-    if position is not None:
-        run.stage.load_state_dict(position)
-    log.resume(step)
-    return step
 
 
 @contextmanager
