@@ -1,0 +1,91 @@
+"""Benchmarks that put results together: what is joined belongs together, and pictures are written."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import accuracy_against_time
+import measured_plot
+
+from tests.engine.models import byte_tokenizer, tiny_model
+
+
+def read_records(path):
+    return gzip.decompress(path.read_bytes()).decode().splitlines()[1:]
+
+
+def measured(path, lines):
+    path.mkdir(parents=True)
+    (path / "measured.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def line(step, tokens, kl, solved):
+    return {"step": step, "tokens": tokens, "kl": kl, "pass_at_1": solved, "pass_at_1_error": 0.02}
+
+
+def test_runs_that_go_on_from_one_another_are_one_line(tmp_path):
+    first = measured(tmp_path / "a", [line(0, 0, 0.5, 0.1), line(20, 2000, 0.2, 0.3), line(10, 1000, 0.3, 0.2)])
+    second = measured(tmp_path / "b", [line(0, 0, 0.2, 0.3), line(5, 700, 0.1, 0.4)])
+    lines = measured_plot.joined([first, second], 30_000)
+    assert [(one["tokens"], one["kl"]) for one in lines] == [(30_000, 0.5), (31_000, 0.3), (32_000, 0.2), (32_700, 0.1)]
+    out = tmp_path / "recovery.svg"
+    measured_plot.main([str(first), str(second), "--tokens-before", "30000", "--transformer", "0.4", "--out", str(out)])
+    assert out.stat().st_size > 10_000
+
+
+def timed(path, name, **setting):
+    rows = [
+        {"name": name, "num_problems": 8, "num_samples": n, "vote": 0.1 * n, "seconds": 2.0 * n, "tokens_per_second": 9.0}
+        for n in (1, 4)
+    ]
+    common = {"problems": ["x.jsonl", 8], "temperature": 0.7, "commands": [[name]]}
+    path.write_text(json.dumps({"setting": common | setting, "rows": rows}))
+    return str(path)
+
+
+def test_times_of_several_commands_are_joined(tmp_path):
+    files = [timed(tmp_path / f"{name}.json", name) for name in ("hybrid", "transformer")]
+    out, picture = tmp_path / "out.json", tmp_path / "out.svg"
+    accuracy_against_time.main(["--join", *files, "--out", str(out), "--plot", str(picture)])
+    found = json.loads(out.read_text())
+    assert found["setting"]["commands"] == [["hybrid"], ["transformer"]]
+    assert [(row["name"], row["num_samples"]) for row in found["rows"]] == [
+        ("hybrid", 1),
+        ("hybrid", 4),
+        ("transformer", 1),
+        ("transformer", 4),
+    ]
+    assert picture.stat().st_size > 10_000
+
+
+def test_times_of_unlike_settings_are_not(tmp_path):
+    files = [timed(tmp_path / "a.json", "a"), timed(tmp_path / "b.json", "b", temperature=0.9)]
+    with pytest.raises(ValueError, match=r"b\.json: temperature is 0\.9, in .*a\.json 0\.7"):
+        accuracy_against_time.main(["--join", *files, "--out", str(tmp_path / "out.json")])
+
+
+def test_a_run_is_timed_by_its_sampling_alone(tmp_path):
+    """Each number of samples is a run of its own, with its completions; the first of all is done twice and counted once."""
+    model = tmp_path / "model"
+    tiny_model("mamba2").save_pretrained(model)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"problem": f"{n} + 1 =", "answer": str(n + 1)}) + "\n" for n in range(3)))
+    sizes = ["--samples", "1", "3", "--max-new-tokens", "8", "--num-seqs", "4", "--max-prompt", "200"]
+    records, out = tmp_path / "records", tmp_path / "out.json"
+    accuracy_against_time.main(
+        [f"tiny={model}", "--problems", str(problems), "--records", str(records), "--out", str(out), "--device", "cpu", *sizes]
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["num_samples"], row["num_problems"]) for row in rows] == [(1, 3), (3, 3)]
+    for row in rows:
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(3 * row["num_samples"] * row["mean_tokens"])
+        assert len(read_records(records / f"tiny-{row['num_samples']}.jsonl.gz")) == 3
