@@ -77,7 +77,10 @@ class RunSaver:
         elif is_stopped:
             self._collect(step)
             self._save(step)
-        elif step % self.config.checkpoint_every == 0 or step == self._next_try:
+        elif step % self.config.checkpoint_every == 0:
+            self._delay = 0
+            self._try_to_save(step)
+        elif step == self._next_try:
             self._try_to_save(step)
         if self.config.export_every and step % self.config.export_every == 0 and not is_last:
             self._export(self.directory, step)
