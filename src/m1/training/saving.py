@@ -70,12 +70,12 @@ class RunSaver:
         is_last = step == self.config.steps
         if self._writer is None or self.directory is None:
             return is_stopped and not is_last
-        if has_failed:
+        if has_failed and not (is_last or is_stopped):
             self._collect(step)
         if is_last:
-            self._save_at_last(step, stop)
+            self._save_at_last(stop)
         elif is_stopped:
-            self._collect(step)
+            self._let_go()
             self._save(step)
         elif step % self.config.checkpoint_every == 0:
             self._delay = 0
@@ -117,13 +117,20 @@ class RunSaver:
             f"{self._next_try}; those before it stand. Make room where {self.config.out} is."
         )
 
-    def _save_at_last(self, step: int, stop: Stop) -> None:
+    def _let_go(self) -> None:
+        """Don't mind how the save before went: the one that comes now is the last, and takes its place."""
+        try:
+            self.wait()
+        except OSError as error:
+            say(f"\nThe checkpoint before could not be written ({error})")
+
+    def _save_at_last(self, stop: Stop) -> None:
         """The checkpoint of a finished run, which nothing comes after."""
-        self._collect(step)
+        self._let_go()
         began = time.monotonic()
         while True:
             try:
-                self._save(step)
+                self._save(self.config.steps)
                 self.wait()
                 return
             except OSError as error:
