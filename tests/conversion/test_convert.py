@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from m1 import cli, storage
 from m1.conversion.bases import import_base, load_base
-from m1.conversion.convert import choose_attention_layers, convert, count_parameters
+from m1.conversion.convert import choose_attention_layers, convert
 from m1.modeling import M1ForCausalLM
+from m1.modeling.hybrid import count_parameters
 from m1.modeling.loading import load_config, load_model
 from tests.conversion.tiny import tiny_base, vocabulary
 

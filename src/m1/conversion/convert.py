@@ -25,10 +25,10 @@ from m1.conversion.calibration import Text, read_texts, tokenize_documents
 from m1.conversion.start import LayerFit, Mixer, balance, fit_mixers, improved_options, open_mixer
 from m1.conversion.weights import attention_to_mixer, hybrid_weights, layer_weights
 from m1.modeling import M1Config, M1ForCausalLM
-from m1.modeling.hybrid import MIXER_CLASSES
+from m1.modeling.hybrid import MIXER_CLASSES, count_parameters
 from m1.modeling.loading import choose_device, load_config
 
-__all__ = ["choose_attention_layers", "convert", "count_parameters", "hybrid_config", "import_base", "load_base", "run"]
+__all__ = ["choose_attention_layers", "convert", "hybrid_config", "import_base", "load_base", "run"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -157,13 +157,6 @@ def _start_mixers(base: M1ForCausalLM, config: M1Config, start: str, seed: int) 
                 open_mixer(mixer)
             mixers[layer] = mixer.to(base.device).eval()
     return mixers
-
-
-def count_parameters(config: M1Config) -> int:
-    """Parameters of the model of this config, tied ones once, without making it."""
-    with torch.device("meta"):
-        model = M1ForCausalLM(config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def run(config: ConvertConfig) -> None:

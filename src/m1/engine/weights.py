@@ -14,7 +14,7 @@ from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
 from m1.modeling.configuration import M1Config
-from m1.modeling.hybrid import M1ForCausalLM
+from m1.modeling.hybrid import M1ForCausalLM, count_parameters
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import GIB, require_memory
 
@@ -89,8 +89,7 @@ def load_for_sampling(
 
 def _require_room(source: str | Path, config: M1Config, stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
     """Weights are loaded into main memory as they are stored; where they end, a copy in another dtype stands beside them."""
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in M1ForCausalLM(config).parameters())
+    num_parameters = count_parameters(config)
     size = num_parameters * stored.itemsize
     with_copy = size if dtype == stored else size + num_parameters * dtype.itemsize
     require_memory(size if device.type == "cuda" else with_copy, f"loading {source}")

@@ -221,3 +221,10 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
             wanted = {k: v for k, v in kwargs.items() if k in ("num_items_in_batch", "shift_labels")}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **wanted)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+
+def count_parameters(config: M1Config) -> int:
+    """Parameters of the model of this config, tied ones once, without making it."""
+    with torch.device("meta"):
+        model = M1ForCausalLM(config)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from m1.config import TrainConfig, require
 from m1.distributed import num_local_ranks, num_ranks, on_first, ranks, say
 from m1.modeling import M1Config, M1ForCausalLM
+from m1.modeling.hybrid import count_parameters
 from m1.modeling.loading import load_config, load_model, load_tokenizer
 from m1.storage import GIB, require_disk, require_memory
 from m1.training.checkpoint import PREFIX
@@ -122,8 +123,7 @@ def read_documents(
 
 def parameter_bytes(config: M1Config, itemsize: int) -> int:
     """Size of a model of this shape, without loading it."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in M1ForCausalLM(config).parameters()) * itemsize
+    return count_parameters(config) * itemsize
 
 
 def _check_numbers(config: TrainConfig) -> None:
