@@ -1,60 +1,16 @@
 """Benchmark cases of the decoding and pointwise kernels: paged attention, cache writes, norms, rotation, SwiGLU, sampling.
 
-benchmarks/kernels.py imports `cases()` and prints the table. Run alone, this file times the launch configurations of the
-kernels that have any, so that the best can be written into their `choose_config`:
-
-    python benchmarks/kernel_cases_decode.py decode        # every case whose name contains "decode", all its configurations
-
-A case allocates nothing until `build` is called; what `build` returns is a list of calls, one an input set, to be timed in
-turn: together the sets exceed the 50 MB of L2, so that no call finds its inputs there.
+benchmarks/kernels.py imports `cases()` and prints the table; what a case is stands in kernel_case.py.
 """
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from kernel_case import Calls, Case, gradients_of, num_sets
 from torch import Tensor
-
-COPY_RATES = {"H200": 4.3e12, "H100": 3.0e12}  # of device-to-device copies: bytes read plus bytes written a second
-FLOPS_A_SECOND = 800e12  # its bf16 matrix products at 8192³
-CACHE_BYTES = 128 * 2**20  # input sets together are at least this
-Calls = list[Callable[[], Any]]
-
-
-@functools.cache
-def bytes_a_second() -> float:
-    """The rate of copies that floors take: of this machine's GPU, or of an H100."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((rate for part, rate in COPY_RATES.items() if part in name), COPY_RATES["H100"])
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table: `build` for our op, `build_reference` for torch's, `sweep` for other configurations of ours.
-
-    Our calls can be captured in a CUDA graph; the references may synchronise and are timed without one. What a backward's calls
-    do besides, the forward, is `build_forward` (of a configuration, None for the chosen one) and `build_reference_forward`;
-    their times are subtracted.
-    """
-
-    name: str
-    bytes_moved: int
-    build: Callable[[], Calls]
-    build_reference: Callable[[], Calls] | None = None
-    flops: int = 0
-    sweep: dict[str, Callable[[], Calls]] = field(default_factory=dict)
-    build_forward: Callable[[Any], Calls] | None = None
-    build_reference_forward: Callable[[], Calls] | None = None
-
-    @property
-    def floor_seconds(self) -> float:
-        """The larger of bytes over bandwidth and arithmetic over the tensor cores' rate."""
-        return max(self.bytes_moved / bytes_a_second(), self.flops / FLOPS_A_SECOND)
-
 
 MODELS = {  # hidden, intermediate, query heads, key/value heads, head width, vocabulary
     "3B": (3072, 8192, 24, 8, 128, 128256),
@@ -65,10 +21,6 @@ PAGE = 64
 DECODE_LAUNCHES = [  # block_n, num_warps, num_stages
     (32, 2, 4), (32, 4, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 8, 3),
 ]  # fmt: skip
-
-
-def _sets(bytes_moved: int) -> int:
-    return max(-(-CACHE_BYTES // max(bytes_moved, 1)), 1)
 
 
 def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -108,7 +60,7 @@ def _decode_case(model: str, dtype: torch.dtype, contexts: list[int], label: str
 
         scales = {name: torch.full((1,), 0.5, device="cuda") for name in ("k_scale", "v_scale")} if is_fp8 else {}
         calls: Calls = []
-        for _ in range(_sets(bytes_moved)):
+        for _ in range(num_sets(bytes_moved)):
             inputs = _paged_inputs(contexts, model, dtype, 1)
             if op is not None:
                 calls.append(lambda inputs=inputs: op(**inputs))
@@ -195,7 +147,7 @@ def _write_case(model: str, tokens: int, is_rotating: bool, dtype: torch.dtype) 
         from m1.kernels.attention import triton_impl
 
         calls: Calls = []
-        for _ in range(min(_sets(bytes_moved), 32)):
+        for _ in range(min(num_sets(bytes_moved), 32)):
             merged = _randn(tokens, heads + 2 * groups, width)
             q, k, v = merged.split([heads, groups, groups], 1)
             cos, sin = (torch.rand(tokens, width, device="cuda") for _ in range(2))
@@ -223,11 +175,11 @@ def _pointwise_case(
 
         function = functools.partial(getattr(importlib.import_module(f"m1.kernels.{module}.{implementation}"), op), **options)
         calls: Calls = []
-        for _ in range(min(_sets(bytes_moved), 32)):
+        for _ in range(min(num_sets(bytes_moved), 32)):
             given = [x.requires_grad_() if i < num_grads else x for i, x in enumerate(inputs())]
             calls.append(functools.partial(function, *given))
             if is_backward:
-                calls[-1] = _gradients_of(calls[-1], given[:num_grads])
+                calls[-1] = gradients_of(calls[-1], given[:num_grads])
         return calls
 
     return Case(
@@ -238,20 +190,6 @@ def _pointwise_case(
         build_forward=(lambda _: build_for("triton_impl", False)) if num_grads else None,
         build_reference_forward=(lambda: build_for("reference", False)) if num_grads else None,
     )
-
-
-def _gradients_of(function: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], Any]:
-    """A call that runs `function` forwards and then backwards to `leaves`."""
-    upstream: list[Tensor] = []
-
-    def call() -> Any:
-        out = function()
-        outputs = out if isinstance(out, tuple) else (out,)
-        if not upstream:
-            upstream.extend(torch.randn_like(x) for x in outputs)
-        return torch.autograd.grad(outputs, leaves, upstream)
-
-    return call
 
 
 def _pointwise_cases(model: str, tokens: int) -> list[Case]:
@@ -304,7 +242,7 @@ def _fp8_cases(model: str, tokens: int) -> list[Case]:
         from m1.kernels import fp8_linear, quantize_fp8
 
         x, calls = _randn(tokens, inputs), []
-        for _ in range(min(_sets(num_outputs * inputs), 40)):
+        for _ in range(min(num_sets(num_outputs * inputs), 40)):
             weight = _randn(num_outputs, inputs)
             given = (*quantize_fp8(x), *quantize_fp8(weight))
             if is_fp8:
@@ -347,7 +285,7 @@ def _sample_case(model: str, rows: int, dtype: torch.dtype, spread: float, label
 
         sample = importlib.import_module(f"m1.kernels.sampling.{module}").sample
         calls: Calls = []
-        for _ in range(_sets(bytes_moved)):
+        for _ in range(num_sets(bytes_moved)):
             settings = {
                 "temperature": torch.full((rows,), filters.get("temperature", 0.7), device="cuda"),
                 "top_k": torch.full((rows,), int(filters.get("top_k", 0)), device="cuda"),
@@ -416,43 +354,3 @@ def cases() -> list[Case]:
         _sample_case("0.5B", 1024, torch.float32, 0.1, "top_p 0.95, flat", top_p=0.95),
     ]
     return found
-
-
-def time_calls(calls: Calls, repeats: int = 20) -> float:
-    """Median seconds a call, replaying one CUDA graph of all of them in turn."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in itertools.pairwise(events))
-    return times[len(times) // 2] / 1000 / len(calls)
-
-
-def main(pattern: str) -> None:
-    """Time every case whose name contains `pattern`, as chosen and in every configuration of its sweep, best first."""
-    for case in cases():
-        if pattern not in case.name:
-            continue
-        results = {"as chosen": time_calls(case.build())}
-        for label, build in case.sweep.items():
-            results[label] = time_calls(build())
-        print(f"{case.name}: floor {case.floor_seconds * 1e6:.1f} us, {case.bytes_moved / 1e9:.3f} GB")
-        best = sorted(results.items(), key=lambda item: item[1])[:6]
-        for label, seconds in [*best, ("as chosen", results["as chosen"])]:
-            print(f"  {seconds * 1e6:9.1f} us {100 * case.floor_seconds / seconds:5.1f} % of the floor's speed  {label}")
-        torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")

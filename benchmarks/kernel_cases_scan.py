@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_cases_decode import CACHE_BYTES, Calls, Case, bytes_a_second
+from kernel_case import Calls, Case, bytes_a_second, gradients_of, num_sets
 from torch import Tensor
 
 EXPONENTIALS_A_SECOND = 132 * 16 * 1.7e9  # an H100's special-function units
@@ -75,7 +75,7 @@ def _documents(lengths: list[int]) -> str:
 
 def _sets(make: Callable[[], Callable[[], Any]], bytes_moved: int) -> Calls:
     """As many calls, each with inputs of its own, as exceed the L2 cache."""
-    return [make() for _ in range(max(-(-CACHE_BYTES // bytes_moved), 1))]
+    return [make() for _ in range(num_sets(bytes_moved))]
 
 
 def _gradients(op: Callable[..., Tensor], inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -85,15 +85,7 @@ def _gradients(op: Callable[..., Tensor], inputs: dict[str, Any]) -> Callable[[]
         for name, x in inputs.items()
     }
     wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
-    upstream: list[Tensor] = []
-
-    def call() -> Any:
-        y = op(**leaves)
-        if not upstream:
-            upstream.append(torch.randn_like(y))
-        return torch.autograd.grad(y, wanted, upstream[0])
-
-    return call
+    return gradients_of(functools.partial(op, **leaves), wanted)
 
 
 def _scan_cases(model: str, lengths: list[int], is_x_repeated: bool, has_reference: bool) -> list[ScanCase]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernel_cases_decode import FLOPS_A_SECOND, Calls, bytes_a_second
-from kernel_cases_scan import ScanCase, _documents, _gradients, _sets
+from kernel_case import FLOPS_A_SECOND, Calls, bytes_a_second
+from kernel_cases_scan import ScanCase, _documents, _gradients, _randn, _sets
 from torch import Tensor
 
 MODELS = {"3B": (24, 8, 128), "0.5B": (14, 2, 64), "135M": (9, 3, 64)}  # query heads, key/value heads, width (= d_state)
@@ -26,10 +26,6 @@ class SsdCase(ScanCase):
     @property
     def floor_seconds(self) -> float:
         return max(self.bytes_moved / bytes_a_second(), self.flops / FLOPS_A_SECOND)
-
-
-def _randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
 def _rows(model: str, rows: int) -> dict[str, Tensor]:

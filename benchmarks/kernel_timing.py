@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernel_cases_decode import Calls, Case, bytes_a_second, time_calls
+from kernel_case import Calls, Case, bytes_a_second
 
 REFERENCE_SECONDS = 0.1  # roughly what timing one reference may take after its first call
 OURS, REFERENCE, COMPILED = "ours", "reference", "compiled"  # what is timed of a case; the last: torch.compile of the reference
@@ -56,17 +56,43 @@ def jobs_of(options: argparse.Namespace) -> list[tuple[str, Case]]:
     return jobs
 
 
+def time_calls(calls: Calls, repeats: int = 20) -> float:
+    """Median seconds a call, replaying one CUDA graph of all of them in turn."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    return times[len(times) // 2] / 1000 / len(calls)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds between the two ends of one call on the GPU."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
 def time_eagerly(calls: Calls) -> float:
     """Median seconds a call without a graph, of as many repetitions as REFERENCE_SECONDS allow."""
     calls[0]()
     times: list[float] = []
     for call in itertools.cycle(calls):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
+        times.append(seconds_of(call))
         if len(times) >= 20 or (len(times) >= 2 and sum(times) > REFERENCE_SECONDS):
             return sorted(times)[len(times) // 2]
     raise AssertionError("a case has at least one call")

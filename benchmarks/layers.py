@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_timing import seconds_of
 from torch import nn
 
 from m1.modeling import M1Config
@@ -60,18 +61,8 @@ def make_pass(kind: str, size: str, length: int) -> Callable[[], Any]:
 
 
 def time_pass(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+    """Median seconds, after three passes of warming up."""
+    return statistics.median([seconds_of(run) for _ in range(3 + repeats)][3:])
 
 
 def kernels_of(run: Callable[[], Any], most: int = 12) -> dict[str, float]:

@@ -32,7 +32,7 @@ PARTIAL_BYTES = 64 * 2**20  # most memory that the partial results may take
 
 
 class DecodeConfig(NamedTuple):
-    """How a decode launch divides its work: every field may be swept (benchmarks/kernel_cases_decode.py does).
+    """How a decode launch divides its work: every field may be swept (benchmarks/kernels.py --sweep does).
 
     block_n: positions a loop iteration; num_splits: programs a sequence and head (a power of two); min_chunk: fewest
     positions worth a split of their own.
