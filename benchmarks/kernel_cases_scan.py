@@ -188,9 +188,10 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
         }
 
     def default() -> Any:
-        from m1.kernels.causal_conv1d.triton_impl import ConvConfig
+        from m1.kernels.causal_conv1d.triton_impl import choose_config
+        from m1.kernels.launch import num_multiprocessors
 
-        return ConvConfig()
+        return choose_config(tokens, sources, channels // sources, num_multiprocessors(torch.device("cuda", 0)))
 
     def kernel(**kwargs: Any) -> Tensor:
         from m1.kernels.causal_conv1d import triton_impl

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from m1.kernels.causal_conv1d.triton_kernels import conv_backward_kernel, conv_kernel, conv_update_kernel
 from m1.kernels.chunk_table import cut_documents, document_bounds
-from m1.kernels.launch import with_unit_stride
+from m1.kernels.launch import num_multiprocessors, with_unit_stride
 from m1.kernels.strides import stride_unit
 
+FEW_PROGRAMS = 8  # a multiprocessor: with fewer of the forward, chunks are halved
 MOST_MEMBERS = 8  # heads of filters that one program of the backward serves: what its registers hold
 
 
@@ -50,6 +51,14 @@ class ConvConfig(NamedTuple):
         return {"WIDTH": width, "STEPS": steps, "BLOCK": 32 * self.backward_warps * channels, "MEMBERS": members}
 
 
+def choose_config(num_tokens: int, num_sources: int, repeat: int, multiprocessors: int) -> ConvConfig:
+    """Launch sizes for `num_tokens` of `num_sources` channels of x, each read by `repeat` filters."""
+    config = ConvConfig()
+    blocks = triton.cdiv(num_sources, config.forward_sizes(1, num_sources)["BLOCK"]) * repeat
+    is_small = blocks * triton.cdiv(num_tokens, config.chunk) < FEW_PROGRAMS * multiprocessors
+    return config._replace(chunk=config.chunk // 2) if is_small else config
+
+
 def _repetition(num_channels: int, num_sources: int, head_width: int | None) -> dict[str, int]:
     """How many heads of filters read a head of x, and its width (of no account where each has its own)."""
     repeat = num_channels // num_sources
@@ -71,8 +80,9 @@ def causal_conv1d(
     """See m1.kernels.causal_conv1d.causal_conv1d; `config` overrides the launch sizes."""
     bounds = document_bounds(cu_seqlens, x.shape[0], x.device)
     repetition = _repetition(weight.shape[0], x.shape[1], head_width)
+    config = config or choose_config(x.shape[0], x.shape[1], repetition["REPEAT"], num_multiprocessors(x.device))
     y, final_state = _CausalConv1d.apply(
-        x, weight, bias, initial_state, bounds, activation == "silu", output_final_state, repetition, config or ConvConfig()
+        x, weight, bias, initial_state, bounds, activation == "silu", output_final_state, repetition, config
     )
     return (y, final_state) if output_final_state else y
 
