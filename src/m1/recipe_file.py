@@ -1,4 +1,4 @@
-"""Reading recipes: TOML files with a table a command. Values are checked against the dataclasses of `config.py`.
+"""Reading recipes: TOML files with a table a command. Values are checked against the dataclasses of m1.config.
 
 The command line puts flags over them. Unknown keys and tables are refused by naming the nearest known one. No torch here.
 """
