@@ -11,6 +11,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import accuracy_against_time
 import measured_plot
+import metrics_plot
+import numpy as np
 
 from tests.engine.models import byte_tokenizer, tiny_model
 
@@ -89,3 +91,35 @@ def test_a_run_is_timed_by_its_sampling_alone(tmp_path):
     for row in rows:
         assert row["tokens_per_second"] * row["seconds"] == pytest.approx(3 * row["num_samples"] * row["mean_tokens"])
         assert len(read_records(records / f"tiny-{row['num_samples']}.jsonl.gz")) == 3
+
+
+def run_with(path, records):
+    path.mkdir()
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_metrics_of_several_runs_are_one_picture(tmp_path):
+    records = [{"step": 1, "reward": 0.1, "entropy": 0.5}, {"step": 2, "reward": 0.3}, {"step": 3, "reward": 0.8}]
+    steps, values = metrics_plot.curve(records, "reward", 2)
+    np.testing.assert_allclose(steps, [1.5, 3])
+    np.testing.assert_allclose(values, [0.2, 0.8])
+    assert metrics_plot.curve(records, "entropy", 2)[0].tolist() == [1]  # steps that lack it don't count
+    runs = [f"{name}={run_with(tmp_path / name, records)}" for name in ("hybrid", "transformer")]
+    out = tmp_path / "grpo.svg"
+    metrics_plot.main([*runs, "--metrics", "reward", "entropy", "--out", str(out)])
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--metrics", "kl"], "has no 'kl'; it has step, reward"),
+        (["--metrics", "reward", "--mean-of", "0"], "at least 1, got 0"),
+    ],
+)
+def test_a_picture_of_metrics_that_are_not_there(tmp_path, capsys, options, words):
+    run = run_with(tmp_path / "a", [{"step": 1, "reward": 0.1}])
+    with pytest.raises(SystemExit):
+        metrics_plot.main([f"a={run}", *options, "--out", str(tmp_path / "x.svg")])
+    assert words in capsys.readouterr().err
