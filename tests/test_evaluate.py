@@ -197,7 +197,8 @@ def test_another_runs_directory_is_not_touched(models, data, tmp_path, capsys):
     assert evaluate(models["base"], data, tmp_path / "out") == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert evaluate(models["base"], data, tmp_path / "out", "--seed", 1) == 2
-    assert "params differ" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "params differ" in refusal and "another --out, or --overwrite" in refusal
     assert evaluate(models["hybrid"], data, tmp_path / "out") == 2
     assert "description differ" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -80,6 +80,10 @@ def test_what_is_no_run_is_said(tmp_path):
         run(ReportConfig(directories=[str(tmp_path / "nowhere")]))
     with pytest.raises(ValueError, match="expected an evaluation's or a training run's"):
         run(ReportConfig(directories=[str(tmp_path)]))
+    write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match=r"named; there are such in it: run$"):
+        run(ReportConfig(directories=[str(tmp_path)]))
     with pytest.raises(ValueError, match="has not done a step yet"):
         page_of(write_run(tmp_path / "empty", []))
     with pytest.raises(ValueError, match="line 2: not a record of metrics"):

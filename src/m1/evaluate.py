@@ -44,6 +44,7 @@ PAPER_SAMPLES = 64
 RECORDS_SUFFIX = ".jsonl.gz"
 _WARM_UP_TOKENS = 32
 _RANK_TIMEOUT = 600.0  # seconds that ranks wait for each other at the beginning and the end
+_BAR_SECONDS, _LOG_SECONDS = 0.1, 30.0  # between two states of a progress bar, on a terminal and in a file
 _LOG_WIDTH = 120  # columns of a table that goes into a file
 _PACKAGES = (
     "m1-reasoner",
@@ -211,7 +212,8 @@ class Progress:
 
     def __init__(self, name: str, num_problems: int) -> None:
         self.session: dict[str, float] = {}
-        self._bar = tqdm(total=num_problems, desc=name, unit="problem")
+        seconds = _BAR_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
+        self._bar = tqdm(total=num_problems, desc=name, unit="problem", mininterval=seconds)
         self._start = time.perf_counter()
 
     def __enter__(self) -> "Progress":

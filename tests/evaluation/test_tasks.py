@@ -87,8 +87,8 @@ def test_files_and_generators(tmp_path):
     ("names", "message"),
     [
         ("", "expected names"),
-        ("math50", "unknown task 'math50'; did you mean 'math500'"),
-        ("chess", "unknown task 'chess'; known are math500"),
+        ("math50", r"unknown task 'math50'; did you mean 'math500'\? Or a file"),
+        ("chess", "unknown task 'chess'; known are math500, .*, or a file of JSON lines"),
         ("aime24,aime24", "names a task twice"),
         ("a/x.jsonl,b/x.jsonl", "names a task twice"),
     ],

@@ -147,5 +147,5 @@ def _require_same_run(path: Path, found: Mapping[str, Any], run: Mapping[str, An
             what = "problems or prompts" if key == "digest" else key
             raise ValueError(
                 f"{path} holds records of another run: {what} differ (there {found.get(key)}, now {value}); "
-                "choose another path or remove the file"
+                "give another --out, or --overwrite to start anew"
             )

@@ -89,8 +89,8 @@ def parse_tasks(names: str) -> list[str]:
     for name in tasks:
         if name not in TASKS and not name.startswith(GYM_PREFIX) and not _is_file(name):
             near = difflib.get_close_matches(name, TASKS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TASKS)}"
-            raise ValueError(f"--tasks: unknown task {name!r}; {hint} Or a file of JSON lines, or gym:GENERATOR")
+            hint = f"did you mean {near[0]!r}? Or" if near else f"known are {', '.join(TASKS)}, or"
+            raise ValueError(f"--tasks: unknown task {name!r}; {hint} a file of JSON lines, or gym:GENERATOR")
     short = [task_name(name) for name in tasks]
     if len(set(short)) < len(short):
         raise ValueError(f"--tasks: {names!r} names a task twice; each writes records of its own name")
