@@ -206,7 +206,7 @@ def test_another_runs_directory_is_not_touched(models, data, tmp_path, capsys):
     assert evaluate(models["base"], data, models["base"]) == 2
     assert "holds no evaluation" in capsys.readouterr().err
     assert m1("report", tmp_path / "out", models["base"]) == 2
-    assert "expected an evaluation's directory" in capsys.readouterr().err
+    assert "expected an evaluation's directory: only these can be compared" in capsys.readouterr().err
 
 
 def solve(capsys, model, *more) -> dict:

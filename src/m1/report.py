@@ -21,8 +21,10 @@ def run(config: ReportConfig) -> None:
         write_run_page(directories[0], page)
     else:
         strange = next(directory for directory in directories if not is_evaluation(directory))
-        expected = "an evaluation's directory" if len(directories) > 1 else "an evaluation's or a training run's directory"
+        expected = "an evaluation's or a training run's directory: what --out of m1 eval, or of a training command, named"
+        if len(directories) > 1:
+            expected = "an evaluation's directory: only these can be compared on one page"
         inside = [path.name for path in sorted(strange.iterdir()) if is_evaluation(path) or (path / METRICS).is_file()]
         hint = f"; there are such in it: {', '.join(inside)}" if inside else ""
-        raise ValueError(f"{strange}: expected {expected}: what --out of m1 eval, or of a training command, named{hint}")
+        raise ValueError(f"{strange}: expected {expected}{hint}")
     print(f"The report is {page}; it opens in any browser")

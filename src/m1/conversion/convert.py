@@ -230,7 +230,7 @@ def _convert_for(
     base: Any
     base, tokenizer = load_base(source, dtype=_working_dtype(config))
     fits: list[LayerFit] = []
-    with tqdm(total=num_mixers, desc="fit", unit=" layers", disable=not texts) as bar:
+    with tqdm(total=num_mixers, desc="fit", unit=" layers", disable=None if texts else True) as bar:
 
         def on_layer(fit: LayerFit) -> None:
             fits.append(fit)
