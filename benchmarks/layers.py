@@ -4,8 +4,9 @@
     PYTHONPATH=src python benchmarks/layers.py --sizes 3b --profile  # and which kernels take the time
 
 16,384 packed tokens in documents of 4,096 or as one; bf16; weights random; gradients of the input and of every weight.
-Each line is the median of timed forward and backward passes after a warm-up; `over attention` is the ratio of times, whose
-goal is 1.35 at a length of 4,096 and below 1 at 16,384.
+Each line is the median of timed forward and backward passes after a warm-up, as Python launches them and, replayed as one
+CUDA graph, what they take of the GPU alone: small layers are over before the next launch. `over attention` is the ratio of
+times, whose goal is 1.35 at a length of 4,096 and below 1 at 16,384.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_timing import seconds_of
+from kernel_timing import seconds_of, time_calls
 from torch import nn
 
 from m1.modeling import M1Config
@@ -65,6 +66,15 @@ def time_pass(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median([seconds_of(run) for _ in range(3 + repeats)][3:])
 
 
+def compare(timed: list[tuple[dict[str, Any], Callable[[], Any]]], time: str, ratio: str) -> None:
+    """Set the last row's ratio to the attention layer of its size and length, and print it."""
+    row = timed[-1][0]
+    attention = next(r for r, _ in timed if (r["size"], r["length"], r["layer"]) == (row["size"], row["length"], "attention"))
+    row[ratio] = row[time] / attention[time]
+    label = f"{row['size']:5} {row['layer']:10} {row['length']:6,} long"
+    print(f"{label} {row[time] * 1e3:8.3f}  {row[ratio]:6.2f}  {time}", flush=True)
+
+
 def kernels_of(run: Callable[[], Any], most: int = 12) -> dict[str, float]:
     """Milliseconds by kernel of one pass, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -85,28 +95,31 @@ def main() -> None:
     parser.add_argument("--revision", default="", help="if this directory is no git repository")
     parser.add_argument("--out", type=Path, default=Path("results/layers.json"))
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     record = {
         "command": "python benchmarks/layers.py",
         "hardware": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__},
         "revision": options.revision or git_revision(),
         "tokens": TOKENS,
     }
+
+    def keep() -> None:
+        write_json(options.out, record | {"rows": [row for row, _ in timed]})  # after each: a cut-off loses the rest alone
+
     print(f"{'':28}      ms  over attention")
-    for size, length in itertools.product(options.sizes, options.lengths):
-        attention = 0.0
-        for kind in LAYERS:
-            run = make_pass(kind, size, length)
-            seconds = time_pass(run, options.repeats)
-            attention = seconds if kind == "attention" else attention
-            row = {"size": size, "length": length, "layer": kind, "seconds": seconds, "over_attention": seconds / attention}
-            print(f"{size:5} {kind:10} {length:6,} long {seconds * 1e3:8.3f}  {row['over_attention']:6.2f}", flush=True)
-            if options.profile:
-                row["kernels_ms"] = kernels_of(run)
-                print("\n".join(f"    {ms:8.3f}  {name}" for name, ms in row["kernels_ms"].items()))
-            rows.append(row)
-            del run
-            write_json(options.out, record | {"rows": rows})  # after each: a cut-off loses the rest alone
+    timed: list[tuple[dict[str, Any], Callable[[], Any]]] = []
+    for size, length, kind in itertools.product(options.sizes, options.lengths, LAYERS):
+        run = make_pass(kind, size, length)
+        row: dict[str, Any] = {"size": size, "length": length, "layer": kind, "seconds": time_pass(run, options.repeats)}
+        timed.append((row, run))
+        compare(timed, "seconds", "over_attention")
+        if options.profile:
+            row["kernels_ms"] = kernels_of(run)
+            print("\n".join(f"    {ms:8.3f}  {name}" for name, ms in row["kernels_ms"].items()))
+        keep()
+    for count, (row, run) in enumerate(timed, 1):  # at last, for a process whose capture has failed can time nothing more
+        row["graph_seconds"] = time_calls([run])
+        compare(timed[:count], "graph_seconds", "graph_over_attention")
+        keep()
 
 
 if __name__ == "__main__":
