@@ -284,9 +284,9 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
         return UpdateConfig()
 
     def default_step() -> Any:
-        from m1.kernels.mamba1_step.triton_impl import StepConfig
+        from m1.kernels.mamba1_step.triton_impl import choose_config
 
-        return StepConfig()
+        return choose_config(state_dtype)
 
     label = f"{model} {BATCH} rows {str(state_dtype).removeprefix('torch.')} states"
     warps = [1, 2, 4, 8]

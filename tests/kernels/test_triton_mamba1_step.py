@@ -65,6 +65,15 @@ def test_against_the_separate_ops(
 
 
 @pytest.mark.parametrize("is_repeated_first", [False, True])
+@pytest.mark.parametrize("dims", [(6, 3, 5, 3), (7, 1, 4, 16), (2, 2, 3, 130)])
+def test_half_states(dims: tuple[int, int, int, int], is_repeated_first: bool, device: str) -> None:
+    for config, slots in ((kernel.StepConfig(2, 4), torch.tensor([3, 0, 4], device=device)), (None, None)):
+        inputs = make_inputs(3, dims, 4, is_repeated_first, torch.bfloat16, device)
+        inputs["ssm_state"] = inputs["ssm_state"].bfloat16()
+        check(inputs, slots, config)
+
+
+@pytest.mark.parametrize("is_repeated_first", [False, True])
 def test_reference_is_repetition_then_convolution_then_scan(is_repeated_first: bool) -> None:
     """With x and its window repeated in memory, each op called by itself."""
     inputs = make_inputs(3, (6, 2, 4, 3), 4, is_repeated_first, torch.float32, "cpu")
@@ -86,8 +95,10 @@ def test_reference_is_repetition_then_convolution_then_scan(is_repeated_first: b
     assert torch.equal(inputs["conv_state"], window)
 
 
-def test_rows_without_a_slot_change_nothing(device: str) -> None:
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_slot_change_nothing(state_dtype: torch.dtype, device: str) -> None:
     inputs = make_inputs(3, (4, 2, 2, 2), 4, True, torch.float32, device)
+    inputs["ssm_state"] = inputs["ssm_state"].to(state_dtype)
     before = {name: inputs[name].clone() for name in ("conv_state", "ssm_state")}
     y = kernel.mamba1_step(**inputs, slots=torch.tensor([-1, 1, 5], device=device))  # type: ignore[arg-type]
     assert (y[[0, 2]] == 0).all()
@@ -127,14 +138,15 @@ def test_bf16_states_are_rounded_once() -> None:
     inputs = make_inputs(33, (192, 64, 16, 16), 4, True, torch.bfloat16, "cuda")
     inputs["ssm_state"] = inputs["ssm_state"].bfloat16()
     inputs["conv_state"] = inputs["conv_state"].contiguous()  # the other layout of a window
-    for config in (None, kernel.StepConfig(1, 1)):
+    for config in (None, kernel.StepConfig(2, 1), kernel.StepConfig(1, 4)):
         check(inputs, torch.randperm(35, device="cuda")[:33], config)
 
 
 @pytest.mark.gpu
 def test_wrong_slots_on_a_gpu() -> None:
     """Far slots, an illegal access if they were followed; also for the convolution's and the scan's own steps."""
-    test_rows_without_a_slot_change_nothing("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        test_rows_without_a_slot_change_nothing(dtype, "cuda")
     inputs = make_inputs(3, (4, 2, 2, 2), 4, True, torch.float32, "cuda")
     before = {name: inputs[name].clone() for name in ("conv_state", "ssm_state")}
     slots = torch.tensor([2**40, -(2**40), 10**6], device="cuda")

@@ -1,4 +1,5 @@
-"""The Mamba-1 decoding step on a GPU: one kernel, states by slot, each read and written once.
+"""The Mamba-1 decoding step on a GPU: one kernel, states by slot, each read and written once. States of 16 bits have a
+kernel of their own, in triton_half_states.py.
 
 A program serves some groups of one sequence, with all query-side heads that share their windows, one member of each group
 after the other: so a tile has no padding whatever H/G is, and what members share is loaded once.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m1.kernels.launch import chaining, wait_for_previous, with_unit_stride
+from m1.kernels.mamba1_step.triton_half_states import half_states_kernel
 from m1.kernels.triton_math import LOG2E, sigmoid, softplus
 
 
@@ -29,6 +31,11 @@ class StepConfig(NamedTuple):
     groups: int = 2
     num_warps: int = 1
     max_registers: int | None = None
+
+
+def choose_config(state_dtype: torch.dtype) -> StepConfig:
+    """The launch for SSM states of that dtype."""
+    return StepConfig(groups=1 if state_dtype.itemsize == 2 else 2)
 
 
 @torch.no_grad()
@@ -57,7 +64,7 @@ def mamba1_step(
     """
     H, P, N = A_log.shape
     n, G, _ = x.shape
-    config = config or StepConfig()
+    config = config or choose_config(ssm_state.dtype)
     width = conv_weight.shape[1]
     z, x, B, C, dt = (with_unit_stride(tensor) for tensor in (z, x, B, C, dt))
     conv_weight, A_log = conv_weight.contiguous(), A_log.contiguous()
@@ -65,13 +72,16 @@ def mamba1_step(
     y = torch.empty(n, H, P, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(N)
     rows = min(triton.next_power_of_2(P), max(1024 // block_n, 1))
+    kernel, sizes = half_states_kernel, {}
+    if ssm_state.element_size() != 2:
+        kernel, sizes = _step_kernel, {"BW": triton.next_power_of_2(max(width - 1, 1))}
     grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), n)
     with torch.cuda.device_of(x):
-        _step_kernel[grid](
+        kernel[grid](
             conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
             *conv_state.stride(), *ssm_state.stride(), min(conv_state.shape[0], ssm_state.shape[0]),
             *z.stride()[:2], *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dt.stride()[:2],
-            G, H // G, P, N, block_n, width, triton.next_power_of_2(max(width - 1, 1)), config.groups, rows,
+            G, H // G, P, N, block_n, width, config.groups, rows, **sizes,
             OWN_FILTERS=conv_weight.shape[0] == H * P, HAS_CONV_BIAS=conv_bias is not None,
             HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
             SILU=conv_activation == "silu", SOFTPLUS=dt_softplus,
@@ -86,8 +96,8 @@ def _step_kernel(
     conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
     conv_slot, conv_channel, conv_place, ssm_slot, ssm_head, ssm_row, ssm_n, num_slots,
     z_row, z_head, x_row, x_head, b_row, b_head, c_row, c_head, dt_row, dt_head,
-    G, REPEAT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
-    GB: tl.constexpr, PB: tl.constexpr, OWN_FILTERS: tl.constexpr,
+    G, REPEAT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
+    GB: tl.constexpr, PB: tl.constexpr, BW: tl.constexpr, OWN_FILTERS: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
     SILU: tl.constexpr, SOFTPLUS: tl.constexpr, IS_SMALL: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
