@@ -302,6 +302,23 @@ def test_leaving_a_stream_aborts_it_and_a_bad_one_fails_alone(engine):
     assert_all_free(engine)
 
 
+def test_a_client_whose_loop_is_closed_hurts_nobody(engine):
+    async def start():
+        return engine.stream("abc", SamplingParams(max_tokens=100, ignore_eos=True))
+
+    async def other():
+        return await collect(engine.stream("abc", SamplingParams(seed=4, max_tokens=20, ignore_eos=True)))
+
+    loop = asyncio.new_event_loop()
+    left = loop.run_until_complete(start())
+    loop.close()
+    assert len(asyncio.run(other())[0][1]) == 20
+    while engine.has_work:
+        engine.step()
+    del left
+    assert_all_free(engine)
+
+
 def test_a_failing_step_is_raised_by_every_stream(engine, monkeypatch):
     def fail(*arguments):
         raise MemoryError("no memory")

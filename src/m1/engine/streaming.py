@@ -56,11 +56,11 @@ def stream(engine: "Engine", driver: Driver, prompt: Prompt, params: SamplingPar
     serving = weakref.ref(engine)  # request and deliver refer to each other, and must not keep the engine with them
 
     def deliver(delta: Delta) -> None:
-        if loop.is_closed():  # the client is gone
+        try:
+            loop.call_soon_threadsafe(queue.put_nowait, delta)
+        except RuntimeError:  # the loop is closed, maybe since a moment ago: the client is gone
             if (its_engine := serving()) is not None:
                 its_engine.abort(request)
-        else:
-            loop.call_soon_threadsafe(queue.put_nowait, delta)
 
     request = engine.submit(prompt, params, on_delta=deliver)
     driver.start()
