@@ -6,6 +6,8 @@ import torch
 from m1.engine import SamplingParams
 from m1.engine.fp8 import FP8, Fp8Linear, Fp8MLP, Fp8Norm, QuantizedRows, kv_scales
 from m1.engine.packing import PackedLinear
+from m1.engine.parts import Parts, leave_parts
+from m1.kernels import quantize_fp8
 from m1.modeling import M1ForCausalLM
 from m1.modeling.state import ModelState
 from tests.engine.models import random_prompts, tiny_engine, tiny_model
@@ -55,6 +57,21 @@ def test_norms_and_mlps_are_close_and_hand_on_quantized_rows() -> None:
         assert torch.equal(summed, expected_sum)
         assert rel_rms(rows.values.float() * rows.scale, expected) < FP8_QUANTIZED
         assert rel_rms(block.mlp(rows), plain.mlp(expected)) < 2 * PRODUCT
+
+
+@pytest.mark.parametrize("variant", ["mamba1", "dense"])
+def test_parts_are_added_up_in_norms(variant: str) -> None:
+    """What a GPU does for few tokens, with the references: as close to the plain model, and new weights arrive."""
+    model = tiny_model(variant, initializer_range=0.1, mlp_bias=True)
+    engine = tiny_engine(model, quantization="fp8")
+    leave_parts(engine.model)
+    for _ in range(2):
+        with torch.no_grad():
+            rows = QuantizedRows(*quantize_fp8(torch.randn(3, 32)))
+            assert isinstance(engine.model.model.layers[0].mlp(rows), Parts)
+        assert 1e-4 < rel_rms(hidden_states(engine.model), hidden_states(model)) < 3 * PRODUCT
+        train(model)
+        engine.update_weights()
 
 
 def hidden_states(model: M1ForCausalLM) -> torch.Tensor:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from m1.engine import SamplingParams, few_tokens
+from m1.engine import SamplingParams, few_tokens, parts
 from m1.engine.merging import MergedAttention, MergedMLP
 from m1.engine.packing import PackedLinear, can_pack
 from m1.modeling import M1ForCausalLM
@@ -122,9 +122,12 @@ def test_streamed_products_are_the_plain_ones(most_tokens, monkeypatch):
     model = tiny_model(mlp_bias=True, attention_bias=True)
     engine = tiny_engine(model, dtype=torch.float64)
     few_tokens.stream_linears(engine.model)
+    parts.leave_parts(engine.model)
     mixer = engine.model.model.layers[0].mixer
     assert isinstance(mixer.in_proj, few_tokens.StreamedLinear)
     assert isinstance(mixer.dt_proj, few_tokens.StreamedLinear)
+    with torch.no_grad():
+        assert isinstance(mixer.out_proj(torch.ones(2, mixer.out_proj.in_features).double()), parts.Parts) == (most_tokens > 1)
     assert [c.token_ids for (c,) in engine.generate(PROMPTS, GREEDY)] == tokens_of(model)
     train(model)
     engine.update_weights()

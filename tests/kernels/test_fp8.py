@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from m1.kernels import fp8_linear, quantize_fp8, rms_norm, rms_norm_fp8, swiglu, swiglu_fp8
+from m1.kernels import (
+    fp8_linear,
+    fp8_linear_parts,
+    quantize_fp8,
+    rms_norm,
+    rms_norm_fp8,
+    rms_norm_fp8_of_parts,
+    rms_norm_of_parts,
+    swiglu,
+    swiglu_fp8,
+)
+from m1.kernels.decode_linear import MAX_TOKENS
 from m1.kernels.fp8 import reference
 from tests.kernels.triton_cases import poison_memory
 from tests.numerics import FP8_QUANTIZED, REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
@@ -81,7 +92,29 @@ def test_product_of_what_the_numbers_stand_for(has_bias: bool) -> None:
         expected += bias.double()
     y = fp8_linear(x, x_scale, weight, weight_scale, bias, torch.float32)
     assert rel_rms(y, expected) < REL_RMS[torch.float32]
+    assert torch.equal(fp8_linear_parts(x, x_scale, weight, weight_scale, bias).sum(0), y)
+    with pytest.raises(ValueError, match="`x` must be of 1 to 128 tokens"):
+        fp8_linear_parts(*quantized_pair(129, 48, 32))
     assert fp8_linear(x, x_scale, weight, weight_scale, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_fp8"])
+def test_norms_add_parts_up_and_round_the_sum(op: str) -> None:
+    parts, residual = torch.randn(3, 5, 48), torch.randn(5, 48).bfloat16()
+    weight = 1 + 0.3 * torch.randn(48)
+    of_parts, plain = {
+        "rms_norm": (rms_norm_of_parts, rms_norm),
+        "rms_norm_fp8": (rms_norm_fp8_of_parts, rms_norm_fp8),
+    }[op]
+    for mine, own in zip(
+        of_parts(parts, weight, 1e-5, residual), plain(parts.sum(0).bfloat16(), weight, 1e-5, residual), strict=True
+    ):
+        assert mine.dtype == own.dtype
+        assert torch.equal(mine.float(), own.float())
+    with pytest.raises(ValueError, match="`residual`"):
+        of_parts(parts, weight, 1e-5, residual[:4])
+    with pytest.raises(ValueError, match="`parts`"):
+        of_parts(parts.bfloat16(), weight, 1e-5, residual)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +166,31 @@ def test_few_token_product(num_tokens: int, width: int, num_outputs: int, splits
     bias = torch.randn(num_outputs, device=device)
     config = ProductConfig(64 if device == "cuda" else 16, 32, splits)
     for own in (bias, None):  # twice: the counters must be zero again
+        expected = reference.fp8_linear(*pair, own, torch.float32)
         y = few_token_product(x, weight, own, torch.float32, config, scales=scales)
-        assert rel_rms(y, reference.fp8_linear(*pair, own, torch.float32)) < FP8_PRODUCT[device]
+        assert rel_rms(y, expected) < FP8_PRODUCT[device]
+        parts = kernel.fp8_linear_parts(*pair, own, config)
+        assert parts.shape == (splits, num_tokens, num_outputs)
+        assert rel_rms(parts.sum(0), expected) < FP8_PRODUCT[device]
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_norms_of_parts(num_parts: int, kernel: ModuleType, device: str) -> None:
+    from m1.kernels.norm import reference as norm_reference
+    from m1.kernels.norm import triton_impl as norm
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    parts = torch.randn(num_parts, 7, 200, device=device)
+    residual, weight = random_rows(7, 200, dtype, device), 1 + 0.3 * torch.randn(200, device=device)
+    y, summed = norm.rms_norm_of_parts(parts, weight, 1e-5, residual)
+    expected, expected_sum = norm_reference.rms_norm_of_parts(parts, weight, 1e-5, residual)
+    assert y.dtype == summed.dtype == dtype
+    assert rel_rms(y, expected) < REL_RMS[dtype]
+    assert rel_rms(summed, expected_sum) < REL_RMS[dtype]
+    values, scale, again = kernel.rms_norm_fp8_of_parts(parts, weight, 1e-5, residual)
+    assert rel_rms(again, expected_sum) < REL_RMS[dtype]
+    assert rel_rms(scale, reference.quantize_fp8(expected)[1]) < REL_RMS[dtype]
+    assert (values.float() != reference.quantize_fp8(expected)[0].float()).sum() <= 1 + 0.1 * values.numel()
 
 
 # The hardware adds 8-bit products with fewer bits than fp32 has.
@@ -150,6 +206,8 @@ def test_products_at_model_sizes(num_tokens: int, width: int, num_outputs: int, 
     expected = reference.fp8_linear(*pair, bias, torch.float32)
     for _ in range(3):
         assert rel_rms(fp8_linear(*pair, bias), expected) < REL_RMS[torch.bfloat16]
+        if num_tokens <= MAX_TOKENS:
+            assert rel_rms(fp8_linear_parts(*pair, bias).sum(0), expected) < REL_RMS[torch.bfloat16]
 
 
 @pytest.mark.gpu

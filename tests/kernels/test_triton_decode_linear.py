@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.kernels.decode_linear import MAX_TOKENS, decode_linear, decode_swiglu, reference
+from m1.kernels.decode_linear import MAX_TOKENS, decode_linear, decode_linear_parts, decode_swiglu, reference
 from tests.kernels.triton_cases import poison_memory
 from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
 
@@ -64,6 +64,10 @@ def check_products(num_tokens, num_outputs, width, config, dtype, device):
         for _ in range(2):
             assert rel_rms(kernel.decode_linear(x, weight, own, config), wide) < TOLERANCE[dtype]
             assert rel_rms(kernel.decode_swiglu(x, weight, own, config), swiglu_of(wide)) < TOLERANCE[dtype]
+        parts = kernel.decode_linear_parts(x, weight, own, config)
+        assert parts.dtype == torch.float32
+        assert config is None or len(parts) == config.splits
+        assert rel_rms(parts.sum(0), wide) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,6 +77,10 @@ def test_the_reference(dtype):
     assert rel_rms(decode_linear(x, weight, bias), wide) < REL_RMS[dtype]
     assert rel_rms(decode_swiglu(x, weight, bias), swiglu_of(wide)) < REL_RMS[dtype]
     assert torch.equal(reference.decode_linear(x, weight, None), F.linear(x, weight))
+    parts = decode_linear_parts(x, weight, bias)
+    assert parts.shape == (1, 5, 48)
+    assert parts.dtype == torch.float32
+    assert rel_rms(parts[0], wide) < REL_RMS[torch.float32]  # not rounded before they are added up
 
 
 def test_bad_arguments_are_named():

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from m1.engine.merging import MergedMLP
-from m1.kernels import fp8_linear, quantize_fp8, rms_norm_fp8, swiglu_fp8
+from m1.engine.parts import Parts
+from m1.kernels import (
+    fp8_linear,
+    fp8_linear_parts,
+    quantize_fp8,
+    rms_norm_fp8,
+    rms_norm_fp8_of_parts,
+    swiglu_fp8,
+)
+from m1.kernels.decode_linear import MAX_TOKENS
 from m1.modeling.attention import RMSNorm
 from m1.modeling.hybrid import HybridBlock, M1ForCausalLM
 from m1.modeling.mamba1 import StepSizeProjection
@@ -32,12 +41,15 @@ class QuantizedRows(NamedTuple):
 
 
 class Fp8Linear(nn.Module):
-    """x [T, in] -> [T, out], as `nn.Linear`, without gradient; x plain or quantized. `load` replaces the weight in place."""
+    """x [T, in] -> [T, out], as `nn.Linear`, without gradient; x plain or quantized. `load` replaces the weight in place.
+
+    leaves_parts: give `Parts` for few tokens.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.shape, self.bias = linear.weight.shape, linear.bias
-        self.out_dtype = linear.weight.dtype
+        self.out_dtype, self.leaves_parts = linear.weight.dtype, False
         num_outputs, width = self.shape
         if width % ALIGNMENT:
             raise ValueError(f"quantization: fp8 needs layers whose inputs {ALIGNMENT} divides; one has {width} inputs")
@@ -53,10 +65,12 @@ class Fp8Linear(nn.Module):
         self.values[: len(values)].copy_(values)
         self.scale[: len(scale)].copy_(scale)
 
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Any:
         values, scale = x if isinstance(x, QuantizedRows) else quantize_fp8(x)
         num_outputs = self.shape[0]
         if len(self.values) == num_outputs:
+            if self.leaves_parts and len(values) <= MAX_TOKENS:
+                return Parts(fp8_linear_parts(values, scale, self.values, self.scale, self.bias))
             return fp8_linear(values, scale, self.values, self.scale, self.bias, self.out_dtype)
         y = fp8_linear(values, scale, self.values, self.scale, None, self.out_dtype)[:, :num_outputs]
         return y if self.bias is None else y + self.bias
@@ -69,21 +83,25 @@ class Fp8Norm(nn.Module):
         super().__init__()
         self.weight, self.eps = norm.weight, norm.eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor | Parts, residual: Tensor | None = None) -> Any:
         """x [T, D] -> QuantizedRows; with a residual, (those of x + residual, x + residual)."""
+        if isinstance(x, Parts):
+            assert residual is not None, "parts are of a branch"
+            values, scale, total = rms_norm_fp8_of_parts(x.values, self.weight, self.eps, residual)
+            return QuantizedRows(values, scale), total
         values, scale, *summed = rms_norm_fp8(x, self.weight, self.eps, residual)
         rows = QuantizedRows(values, scale)
         return (rows, *summed) if summed else rows
 
 
 class Fp8MLP(nn.Module):
-    """`MergedMLP` whose hidden numbers are quantized as they arise."""
+    """`MergedMLP` whose hidden numbers are quantized as they arise. Gives what down_proj gives."""
 
     def __init__(self, mlp: MergedMLP) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
 
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Any:
         return self.down_proj(QuantizedRows(*swiglu_fp8(*self.gate_up_proj(x))))
 
 

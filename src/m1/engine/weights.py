@@ -13,6 +13,7 @@ from m1.engine.few_tokens import can_stream, stream_linears
 from m1.engine.fp8 import Fp8Linear, quantize_model
 from m1.engine.merging import MergedLinear, merge_projections
 from m1.engine.packing import PackedLinear, can_pack, pack_linears
+from m1.engine.parts import leave_parts
 from m1.modeling.configuration import M1Config
 from m1.modeling.hybrid import M1ForCausalLM, count_parameters
 from m1.modeling.loading import load_config, load_model, load_tokenizer
@@ -68,6 +69,7 @@ def for_sampling(model: M1ForCausalLM, is_quantized: bool = False) -> M1ForCausa
         pack_linears(model)
     if can_stream(model.model.embed_tokens.weight):
         stream_linears(model)
+        leave_parts(model)
     return model
 
 

@@ -9,11 +9,18 @@ from m1.kernels.activation import swiglu
 from m1.kernels.attention import paged_attention, rope_write_kv, varlen_attention, write_kv
 from m1.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from m1.kernels.divergence import divergence_
-from m1.kernels.fp8 import fp8_linear, quantize_fp8, rms_norm_fp8, swiglu_fp8
+from m1.kernels.fp8 import (
+    fp8_linear,
+    fp8_linear_parts,
+    quantize_fp8,
+    rms_norm_fp8,
+    rms_norm_fp8_of_parts,
+    swiglu_fp8,
+)
 from m1.kernels.log_probs import log_prob_gradient_, token_log_probs
 from m1.kernels.mamba1_step import mamba1_step
 from m1.kernels.mamba2_step import mamba2_step
-from m1.kernels.norm import gated_rms_norm, rms_norm
+from m1.kernels.norm import gated_rms_norm, rms_norm, rms_norm_of_parts
 from m1.kernels.rope import apply_rotary, rotary_state_heads
 from m1.kernels.sampling import sample
 from m1.kernels.selective_scan import selective_scan, selective_state_update
@@ -25,6 +32,7 @@ __all__ = [
     "causal_conv1d_update",
     "divergence_",
     "fp8_linear",
+    "fp8_linear_parts",
     "gated_rms_norm",
     "log_prob_gradient_",
     "mamba1_step",
@@ -33,6 +41,8 @@ __all__ = [
     "quantize_fp8",
     "rms_norm",
     "rms_norm_fp8",
+    "rms_norm_fp8_of_parts",
+    "rms_norm_of_parts",
     "rope_write_kv",
     "rotary_state_heads",
     "sample",

@@ -24,6 +24,19 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return implementation_for(x, __name__).decode_linear(x, weight, bias)
 
 
+def decode_linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As decode_linear, but in parts that whoever reads them must add up, such as rms_norm_of_parts: a product whose k is
+    divided among several programs ends earlier so.
+
+    Returns:
+        [S, T, N] in fp32, of which the sum over S is the product; S from the shapes alone.
+    Raises:
+        ValueError: as decode_linear.
+    """
+    _check(x, weight, bias)
+    return implementation_for(x, __name__).decode_linear_parts(x, weight, bias)
+
+
 def decode_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(gate) · up, where gate and up are the halves of x · weightᵀ + bias, in one pass; without gradient.
 
@@ -48,4 +61,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         require_tensor("bias", bias, "N", weight.shape[:1], x, (x.dtype,))
 
 
-__all__ = ["MAX_TOKENS", "decode_linear", "decode_swiglu"]
+__all__ = ["MAX_TOKENS", "decode_linear", "decode_linear_parts", "decode_swiglu"]

@@ -21,25 +21,37 @@ def choose_config(
     splits = 2 if 2 * tiles <= multiprocessors and width >= 16 * block_k else 1
     if num_bytes > 2:
         block_k, num_stages = 32, 3
-    return ProductConfig(64, block_k, splits, 4, num_stages, AHEAD // num_bytes)
+    if num_bytes == 2 and num_tokens > 64 and not is_pair and tiles > 4 * multiprocessors:
+        return ProductConfig(128, 64, 1, 8, 3, AHEAD // num_bytes)  # wider tiles read the tokens less often
+    fills = num_tokens <= 32 and splits == 1 and tiles <= multiprocessors < 2 * tiles  # one wave, all of which asks ahead
+    return ProductConfig(64, block_k, splits, 4, num_stages, AHEAD // num_bytes // (2 if fills else 1))
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, is_pair: bool, config: ProductConfig | None) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConfig | None, *, is_pair: bool = False, parts: bool = False
+) -> Tensor:
     x, weight = with_unit_stride(x), weight.contiguous()
     num_outputs = weight.shape[0] // 2 if is_pair else weight.shape[0]
     if config is None:
         sizes = (x.shape[0], num_outputs, x.shape[1], num_multiprocessors(x.device))
         config = choose_config(*sizes, is_pair, x.element_size())
-    return few_token_product(x, weight, bias, x.dtype, config, is_pair=is_pair)
+    out_dtype = torch.float32 if parts else x.dtype
+    return few_token_product(x, weight, bias, out_dtype, config, is_pair=is_pair, leaves_parts=parts)
 
 
 @torch.no_grad()
 def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConfig | None = None) -> Tensor:
     """The public op's contract. `config` overrides the launch sizes."""
-    return _launch(x, weight, bias, False, config)
+    return _launch(x, weight, bias, config)
+
+
+@torch.no_grad()
+def decode_linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConfig | None = None) -> Tensor:
+    """The public op's contract; as decode_linear."""
+    return _launch(x, weight, bias, config, parts=True)
 
 
 @torch.no_grad()
 def decode_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConfig | None = None) -> Tensor:
     """The public op's contract; as decode_linear."""
-    return _launch(x, weight, bias, True, config)
+    return _launch(x, weight, bias, config, is_pair=True)

@@ -3,12 +3,14 @@
 y[t, n] = Σ_k x[t, k] · w[n, k], times x_scale[t] · w_scale[n] for 8-bit numbers. A program owns a tile of output channels, all
 tokens, and one split of k. The weight's tile is the first operand of the tensor-core product, whose first side is at least 64
 while the second may be 16: tokens are not padded to 64. Partial sums of the splits (fp32) lie in a workspace; the split that
-arrives last, which a counter a tile tells, adds them up in order, so that results repeat. With gate and up (IS_PAIR) a program
-owns the same channels of both.
+arrives last, which a counter a tile tells, adds them up in order, so that results repeat; or they are the output, and the norm
+that follows adds them up, which saves the counting and a second pass. With gate and up (IS_PAIR) a program owns the same
+channels of both.
 
 Kernels of a decoding step are short, and between two of them memory would idle. So a program begins by asking for the first
 part of its weights to be brought into the L2 cache, and it is there to do so before the kernel ahead of it has ended (see
-`chaining` in m1.kernels.launch): only then does it wait for x.
+`chaining` in m1.kernels.launch): only then does it wait for x. It asks line by line, a thread for some lines: the instruction
+for many lines at once is issued by one thread after the other.
 
 Bytes moved: N · K elements of the weight, T · K a tile of channels (from the L2 cache), 8 · T · N a split beyond the first.
 Floors on an H100 at 3.0 TB/s, M1-3B: gate and up in bf16 101 MB, 33.6 µs; all products of a step bf16 6.9 GB, 2.30 ms, fp8
@@ -28,12 +30,13 @@ from m1.kernels.launch import chaining, dot_dtype
 
 MAX_TILES = 2**14
 AHEAD = 512  # bytes of each row that are best brought to the L2 cache ahead, as measured on an H100 between 0 and 4,096
-FETCH_ALIGNMENT = 16  # bytes
+LINE = 128  # bytes, of the L2 cache
+LINE_BITS = tl.constexpr(8 * LINE)
 
 
 class ProductConfig(NamedTuple):
     """Output channels a tile, a loop iteration's k, splits of k, warps, pipeline stages, and the columns of k that a program
-    has brought to the L2 cache before x is there (a multiple of 16; 0 for none)."""
+    has brought to the L2 cache before x is there (0 for none)."""
 
     block_n: int
     block_k: int
@@ -50,14 +53,14 @@ def _counters(device: torch.device, stream: int) -> Tensor:
 
 
 @triton.jit
-def _fetch(w_ptr, n, N, K, begin, count, SIZE: tl.constexpr):
+def _fetch(w_ptr, n, N, K, begin, count, LINES: tl.constexpr, LINE_SIZE: tl.constexpr):
     """Ask for `count` columns of rows n from `begin` on to be brought into the L2 cache; nobody waits for them."""
-    rows = tl.minimum(n, N - 1).to(tl.int64)
-    place = (w_ptr + rows * K + begin).to(tl.int64)
-    num_bytes = tl.zeros_like(n) + count * SIZE
+    columns = tl.arange(0, LINES) * LINE_SIZE
+    place = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + begin + columns[None, :]
+    is_wanted = tl.broadcast_to((columns < count)[None, :], place.shape).to(tl.int32)
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r", [place, num_bytes], dtype=tl.int32, is_pure=False, pack=1,
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [place.to(tl.int64), is_wanted], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -78,26 +81,31 @@ def _sum_splits(total, partial_at, counter_at, split, splits, SIZE: tl.constexpr
 def _product_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, x_stride, T, N, K, splits, ahead,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_SPLIT: tl.constexpr, IS_EVEN: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_PAIR: tl.constexpr, IS_CHAINED: tl.constexpr, DOT: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_PAIR: tl.constexpr, LEAVES_PARTS: tl.constexpr,
+    AHEAD_LINES: tl.constexpr, IS_CHAINED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of channels, splits); tiles of y are transposed, [BN, BT]. N: channels of y; with IS_PAIR w has 2 N rows."""
+    """Grid (tiles of channels, splits); tiles of y are transposed, [BN, BT]. N: channels of y; with IS_PAIR w has 2 N rows.
+
+    IS_SPLIT: add the splits up here; LEAVES_PARTS: y is [splits, T, N].
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
     t = tl.arange(0, BT)
-    inside = tl.arange(0, BK)
     steps = tl.cdiv(tl.cdiv(K, BK), splits)
     begin = split * steps * BK
     end = tl.minimum(begin + steps * BK, K)
     up_ptr = w_ptr + N.to(tl.int64) * K
     if IS_CHAINED:
         gdc_launch_dependents()
-        count = tl.minimum(end - begin, ahead)
-        if count > 0:
-            _fetch(w_ptr, n, N, K, begin, count, w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        if AHEAD_LINES > 0:
+            line: tl.constexpr = LINE_BITS // w_ptr.dtype.element_ty.primitive_bitwidth  # its columns
+            count = tl.minimum(end - begin, ahead)
+            _fetch(w_ptr, n, N, K, begin, count, AHEAD_LINES, line)
             if IS_PAIR:
-                _fetch(up_ptr, n, N, K, begin, count, w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+                _fetch(up_ptr, n, N, K, begin, count, AHEAD_LINES, line)
         gdc_wait()
 
+    inside = tl.arange(0, BK)
     w_at = w_ptr + n.to(tl.int64)[:, None] * K + inside[None, :]
     up_at = up_ptr + n.to(tl.int64)[:, None] * K + inside[None, :]
     x_at = x_ptr + t[None, :] * x_stride + inside[:, None]
@@ -144,11 +152,16 @@ def _product_kernel(
         if IS_PAIR:
             up_total *= tl.load(w_scale_ptr + N + n, mask=in_n, other=0.0)[:, None] * x_scale
     if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        with_bias = in_n
+        if LEAVES_PARTS:
+            with_bias = n < tl.where(split == 0, N, 0)
+        total += tl.load(bias_ptr + n, mask=with_bias, other=0.0).to(tl.float32)[:, None]
         if IS_PAIR:
             up_total += tl.load(bias_ptr + N + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     if IS_PAIR:
         total = total * tl.sigmoid(total) * up_total
+    if LEAVES_PARTS:
+        y_ptr += split.to(tl.int64) * T * N
     y_at = y_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
 
@@ -162,33 +175,38 @@ def few_token_product(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     is_pair: bool = False,
+    leaves_parts: bool = False,
     is_chained: bool = True,
 ) -> Tensor:
-    """x [T, K] · weightᵀ [N, K] + bias, times scales ([T, 1], [N, 1] fp32) of 8-bit numbers; is_pair: swiglu of the halves.
+    """x [T, K] · weightᵀ [N, K] + bias, times scales ([T, 1], [N, 1] fp32) of 8-bit numbers.
 
-    is_chained: begin before the kernel ahead has ended, where the GPU knows how.
+    is_pair: swiglu of the halves. leaves_parts: [splits, T, N], whose sum is the product. is_chained: begin before the kernel
+    ahead has ended, where the GPU knows how.
     """
     num_tokens, width = x.shape
     num_outputs = weight.shape[0] // 2 if is_pair else weight.shape[0]
     tiles = triton.cdiv(num_outputs, config.block_n)
     block_t = max(triton.next_power_of_2(num_tokens), 16)
-    y = torch.empty(num_tokens, num_outputs, dtype=out_dtype, device=x.device)
+    is_summing = config.splits > 1 and not leaves_parts
+    shape = (config.splits, num_tokens, num_outputs) if leaves_parts else (num_tokens, num_outputs)
+    y = torch.empty(shape, dtype=out_dtype, device=x.device)
     partial = counters = None
-    if config.splits > 1:
+    if is_summing:
         assert tiles <= MAX_TILES
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         counters = _counters(x.device, stream)
-        shape = (1 + is_pair, tiles, config.splits, config.block_n, block_t)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        room = (1 + is_pair, tiles, config.splits, config.block_n, block_t)
+        partial = torch.empty(room, dtype=torch.float32, device=x.device)
     x_scale, w_scale = scales or (None, None)
-    can_fetch = width * weight.element_size() % FETCH_ALIGNMENT == 0
+    ahead_lines = triton.cdiv(config.num_ahead * weight.element_size(), LINE)
     with torch.cuda.device_of(x):
         _product_kernel[(tiles, config.splits)](
-            x, x_scale, weight, w_scale, bias, y, partial, counters, x.stride(0), num_tokens, num_outputs, width, config.splits,
-            config.num_ahead if can_fetch else 0,
+            x, x_scale, weight, w_scale, bias, y, partial, counters,
+            x.stride(0), num_tokens, num_outputs, width, config.splits, config.num_ahead,
             BT=block_t, BN=config.block_n, BK=config.block_k,
-            IS_SPLIT=config.splits > 1, IS_EVEN=width % config.block_k == 0, HAS_SCALE=scales is not None,
-            HAS_BIAS=bias is not None, IS_PAIR=is_pair, DOT=dot_dtype(x.dtype), num_warps=config.num_warps,
-            num_stages=config.num_stages, **chaining(x.device, is_chained),
+            IS_SPLIT=is_summing, IS_EVEN=width % config.block_k == 0, HAS_SCALE=scales is not None,
+            HAS_BIAS=bias is not None, IS_PAIR=is_pair, LEAVES_PARTS=leaves_parts,
+            AHEAD_LINES=triton.next_power_of_2(ahead_lines) if ahead_lines else 0, DOT=dot_dtype(x.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages, **chaining(x.device, is_chained),
         )  # fmt: skip
     return y

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m1.kernels.decode_linear import MAX_TOKENS
 from m1.kernels.dispatch import implementation_for, require, require_rank, require_tensor
+from m1.kernels.norm import check_parts
 
 FP8 = torch.float8_e4m3fn
 ALIGNMENT = 16  # what the sizes of a product must be multiples of, as the hardware's 16-byte accesses want it
@@ -48,6 +50,12 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
     return implementation_for(x, __name__).rms_norm_fp8(x, weight, eps, residual)
 
 
+def rms_norm_fp8_of_parts(parts: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm_of_parts (its arguments and errors), then quantize_fp8, in one launch: (values, scale, the sum)."""
+    check_parts(parts, weight, eps, residual)
+    return implementation_for(parts, __name__).rms_norm_fp8_of_parts(parts, weight, eps, residual)
+
+
 def swiglu_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """quantize_fp8 of silu(gate) · up, in one launch.
 
@@ -82,6 +90,20 @@ def fp8_linear(
     Raises:
         ValueError: for a wrong shape, dtype, device, layout or size.
     """
+    _check_product(x, x_scale, weight, weight_scale, bias)
+    dtypes = (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16,)
+    require(out_dtype in dtypes, "out_dtype", f"one of {dtypes} on {x.device.type}", out_dtype)
+    return implementation_for(x, __name__).fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+def fp8_linear_parts(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As fp8_linear of at most MAX_TOKENS tokens, in parts [S, T, N] fp32 that must be added up; see decode_linear_parts."""
+    _check_product(x, x_scale, weight, weight_scale, bias)
+    require(0 < x.shape[0] <= MAX_TOKENS, "x", f"of 1 to {MAX_TOKENS} tokens", list(x.shape))
+    return implementation_for(x, __name__).fp8_linear_parts(x, x_scale, weight, weight_scale, bias)
+
+
+def _check_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     require_rank("x", x, "T K")
     require_rank("weight", weight, "N K")
     (num_tokens, width), num_outputs = x.shape, weight.shape[0]
@@ -95,6 +117,3 @@ def fp8_linear(
     require_tensor("weight_scale", weight_scale, "N 1", (num_outputs, 1), x, (torch.float32,))
     if bias is not None:
         require_tensor("bias", bias, "N", (num_outputs,), x)
-    dtypes = (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16,)
-    require(out_dtype in dtypes, "out_dtype", f"one of {dtypes} on {x.device.type}", out_dtype)
-    return implementation_for(x, __name__).fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from m1.kernels.dispatch import implementation_for, is_like, require, require_rank, require_tensor
@@ -28,6 +29,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         require_tensor("residual", residual, layout, x.shape, x, (x.dtype,))
     implementation = implementation_for(x, __name__)
     return implementation.rms_norm(x, weight, eps, residual)
+
+
+def rms_norm_of_parts(parts: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """rms_norm of the sum of parts, rounded to residual's dtype as if it had been stored, with that residual; no gradient.
+
+    Args:
+        parts: [S, T, D] fp32 (or wider), such as decode_linear_parts leaves; weight: [D]; residual: [T, D].
+    Returns:
+        (y, the sum of parts and residual), like residual.
+    Raises:
+        ValueError: for a wrong shape, dtype, device or a negative eps.
+    """
+    check_parts(parts, weight, eps, residual)
+    return implementation_for(parts, __name__).rms_norm_of_parts(parts, weight, eps, residual)
+
+
+def check_parts(parts: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    """What the norms of parts require: see rms_norm_of_parts."""
+    require_rank("parts", parts, "S T D")
+    require_tensor("parts", parts, "S T D", parts.shape, parts, (torch.float32, torch.float64))
+    require_tensor("weight", weight, "D", parts.shape[-1:], parts)
+    require_tensor("residual", residual, "T D", parts.shape[1:], parts)
+    require(eps >= 0, "eps", "at least 0", eps)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

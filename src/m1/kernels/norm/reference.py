@@ -15,6 +15,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return _normalise(summed, weight, eps), summed
 
 
+@torch.no_grad()
+def rms_norm_of_parts(parts: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """See m1.kernels.norm.rms_norm_of_parts."""
+    return rms_norm(parts.sum(0).to(residual.dtype), weight, eps, residual)
+
+
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See m1.kernels.norm.gated_rms_norm."""
     gated = x.float() * F.silu(z.float())  # [T, H, P]

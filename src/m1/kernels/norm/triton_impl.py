@@ -18,14 +18,16 @@ from torch import Tensor
 from m1.kernels.launch import as_rows, cdiv, chaining, next_power_of_2, num_multiprocessors, wait_for_previous
 
 TILE = 4096  # elements a program holds at once, more only where one row is longer
+FEW_ROWS = 32  # for which the threads' waiting for one another counts more than their number
 
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, x_stride, residual_stride, num_rows, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
-    IS_CHAINED: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, x_stride, part_stride, residual_stride, num_rows, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SAVE: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    """PARTS > 0: x is the sum of so many, rounded as if it had been stored."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)  # no kernel ahead writes it
@@ -33,7 +35,12 @@ def _norm_kernel(
     row_mask = rows < num_rows
     mask = row_mask[:, None] & (columns < D)[None, :]
     wide = rows.to(tl.int64)[:, None]
-    x = tl.load(x_ptr + wide * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_at = x_ptr + wide * x_stride + columns[None, :]
+    x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(1, PARTS):
+            x += tl.load(x_at + part * part_stride, mask=mask, other=0.0)
+        x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + wide * residual_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         summed = x.to(sum_ptr.dtype.element_ty)
@@ -135,18 +142,22 @@ def _tile(width: int) -> tuple[int, int, int]:
 
 
 def _norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, is_saving: bool) -> tuple[Any, ...]:
-    rows = as_rows(x)
+    like = x if residual is None else residual  # x is like it, or parts of what is
+    num_parts = len(x) if x.dim() > like.dim() else 0
+    rows = x[0] if num_parts else as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(like.shape, dtype=like.dtype, device=x.device)
+    summed = None if residual is None else torch.empty(like.shape, dtype=like.dtype, device=x.device)
     rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device) if is_saving else None
     tile_rows, block, num_warps = _tile(rows.shape[1])
+    if num_parts and len(rows) <= FEW_ROWS:
+        num_warps = 4
     with torch.cuda.device_of(x):
         _norm_kernel[(cdiv(len(rows), tile_rows),)](
             rows, residual_rows, weight, y, summed, rstd,
-            rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), len(rows), eps,
-            D=rows.shape[1], ROWS=tile_rows, BLOCK_D=block, HAS_RESIDUAL=residual is not None, SAVE=is_saving,
-            num_warps=num_warps, **chaining(x.device, not is_saving),
+            rows.stride(0), x.stride(0), 0 if residual_rows is None else residual_rows.stride(0), len(rows), eps,
+            D=rows.shape[1], ROWS=tile_rows, BLOCK_D=block, PARTS=num_parts, HAS_RESIDUAL=residual is not None,
+            SAVE=is_saving, num_warps=num_warps, **chaining(x.device, not is_saving),
         )  # fmt: skip
     return y, summed, rstd
 
@@ -219,6 +230,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         return _RMSNorm.apply(x, weight, eps, residual)
     y, summed, _ = _norm_forward(x, weight, eps, residual, is_saving=False)
     return y if residual is None else (y, summed)
+
+
+@torch.no_grad()
+def rms_norm_of_parts(parts: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The public op's contract."""
+    y, summed, _ = _norm_forward(parts.contiguous(), weight.contiguous(), eps, residual, is_saving=False)
+    return y, summed
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
