@@ -5,6 +5,7 @@ log-uniform in 0.001 … 0.1, A = -(1 … 16). What a launch can be tuned by sta
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -319,6 +320,6 @@ def cases() -> list[Case]:
     for lengths in ([1024] * 16, [16384], [32768]):
         found += _scan_cases("3B", lengths, False, False)
     found += _conv_cases("3B", [4096] * 4, False) + _conv_cases("3B", [256] * 64, True)
-    for model in MODELS:
-        found += _update_cases(model, torch.float32)
-    return found + _update_cases("3B", torch.bfloat16)
+    for model, state_dtype in itertools.product(MODELS, (torch.float32, torch.bfloat16)):
+        found += _update_cases(model, state_dtype)
+    return found
