@@ -150,8 +150,10 @@ def _samples(report: Report, runs: Sequence[Run]) -> None:
             sizes = [int(k) for k in run.summary[kind]]
             values = list(run.summary[kind].values())
             band = [_error_at(run, majority_at_k if kind == "maj@k" else pass_at_k, k) for k in sizes]
-            curve = Curve(f"{run.name} {kind}", sizes, values, color, dashed, band)
-            by_k.append(curve)
+            name = f"{run.name} {kind}"
+            if len(runs) > 2:  # a legend of two lines a run would lie on the curves; the caption says which are dashed
+                name = "" if dashed else run.name
+            by_k.append(Curve(name, sizes, values, color, dashed, band))
             if kind == "maj@k":
                 tokens = [k * run.summary["mean_tokens"] for k in sizes]
                 by_tokens.append(Curve(run.name, tokens, values, color, band=band))

@@ -97,7 +97,10 @@ def line_plot(
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a `curve_plot`; the same `color` number is the same colour, `band` its half-width around y."""
+    """One line of a `curve_plot`; the same `color` number is the same colour, `band` its half-width around y.
+
+    A line whose name is empty is not in the legend.
+    """
 
     name: str
     x: Sequence[float]
