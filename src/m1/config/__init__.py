@@ -3,17 +3,9 @@
 The text under a field is its help, and its value the default. What a TOML file and flags make of it is in `recipe_file.py`.
 """
 
-from m1.config.basics import PROBLEM_SUFFIX, DeviceName, MixerName, ParameterGroup, require
-from m1.config.models import (
-    ConvertConfig,
-    EvalConfig,
-    QuickstartConfig,
-    ReportConfig,
-    SampleConfig,
-    SamplingConfig,
-    SolveConfig,
-    require_possible,
-)
+from m1.config.checks import require, require_possible
+from m1.config.commands import COMMANDS, ConvertConfig, QuickstartConfig, ReportConfig
+from m1.config.sampling import EvalConfig, SampleConfig, SamplingConfig, SolveConfig
 from m1.config.training import (
     AlignConfig,
     DistillConfig,
@@ -24,21 +16,7 @@ from m1.config.training import (
     SFTConfig,
     TrainConfig,
 )
-
-COMMANDS: dict[str, type] = {
-    "quickstart": QuickstartConfig,
-    "convert": ConvertConfig,
-    "sample": SampleConfig,
-    "align": AlignConfig,
-    "select": SelectConfig,
-    "distill": DistillConfig,
-    "on-policy": OnPolicyConfig,
-    "sft": SFTConfig,
-    "grpo": GRPOConfig,
-    "solve": SolveConfig,
-    "report": ReportConfig,
-    "eval": EvalConfig,
-}
+from m1.config.values import PROBLEM_SUFFIX, DeviceName, MixerName, ParameterGroup
 
 __all__ = [
     "COMMANDS",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from m1.config.basics import PROBLEM_SUFFIX, DeviceName, ParameterGroup
+from m1.config.values import PROBLEM_SUFFIX, DeviceName, ParameterGroup
 
 
 @dataclass(kw_only=True)

