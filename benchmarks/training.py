@@ -3,7 +3,7 @@
     python benchmarks/training.py                                 # table; JSON into results/training.json
     python benchmarks/training.py --reduced                       # distillation alone, about a minute
     python benchmarks/training.py --sizes 3b --stages distill     # some of the cases
-    python benchmarks/training.py --data gym:gsm_symbolic         # other text, as m1 distill takes it
+    python benchmarks/training.py --data gym:leg_counting         # other text, as m1 distill takes it
     python benchmarks/training.py --data random                   # random tokens, longer documents
     torchrun --nproc-per-node 4 benchmarks/training.py --replicate always never    # 4 GPUs: the model whole on each, divided
 
