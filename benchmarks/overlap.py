@@ -73,7 +73,7 @@ class TestProblems:
 def overlap(source: str, texts: Iterable[str], tests: TestProblems, threshold: float) -> Overlap:
     kept = [text for text in dict.fromkeys(texts) if len(words(text)) >= FEWEST_WORDS]
     found = [(*tests.nearest(text), text) for text in kept]
-    closest = sorted(found, reverse=True)[:3]
+    closest = [one for one in sorted(found, reverse=True)[:3] if one[0]]
     return Overlap(
         source,
         len(kept),
