@@ -6,8 +6,9 @@
 
 A case is model/sequences/new tokens: so many prompts of 256 random tokens at once, end tokens ignored, temperature 0.7; tokens
 a second count from the first prompt to the last token, prefill included. "+fp8" after the model: fp8 weights, fp8 keys and
-values, bf16 states. "@" names the measures, all of them otherwise. "reasoner" instead of a number of tokens draws them
-as a reasoner's (log-normal, mean 283, at most 512), 16 samples a prompt of 100 tokens, more requests than run at once.
+values, bf16 states; "+bf16-states": those states alone. "@" names the measures, all of them otherwise. "reasoner" instead of
+a number of tokens draws them as a reasoner's (log-normal, mean 283, at most 512), 16 samples a prompt of 100 tokens, more
+requests than run at once.
 
 Measures, of which the last is what counts and the others say why:
 
@@ -52,6 +53,7 @@ CASES = [
     "m1-3b+fp8/32/2048",
     "m1-3b+fp8/512/2048",
     "m1-3b+fp8/128/4096",
+    "m1-3b+bf16-states/512/2048@steps,prefill",
     "m1-0.5b/1024/reasoner",
     "llama-3b/32/2048",
     "llama-3b/128/4096@steps,prefill",
@@ -73,6 +75,7 @@ class Case:
     text: str
     model: str
     is_fp8: bool
+    state_dtype: torch.dtype
     count: int
     tokens: int | None
     measures: list[str]
@@ -81,10 +84,14 @@ class Case:
     def parse(cls, text: str) -> "Case":
         name, _, measures = text.partition("@")
         model, count, tokens = name.split("/")
+        model, _, option = model.partition("+")
+        if option not in ("", "fp8", "bf16-states"):
+            raise ValueError(f"--cases {text}: expected +fp8 or +bf16-states after the model, given +{option}")
         return cls(
             text=name,
-            model=model.removesuffix("+fp8"),
-            is_fp8=model.endswith("+fp8"),
+            model=model,
+            is_fp8=option == "fp8",
+            state_dtype=torch.bfloat16 if option else torch.float32,
             count=int(count),
             tokens=None if tokens == "reasoner" else int(tokens),
             measures=measures.split(",") if measures else MEASURES,
@@ -103,7 +110,7 @@ def make_engine(model: M1ForCausalLM, case: Case, arguments: argparse.Namespace)
         page_size=PAGE_SIZE,
         max_num_batched_tokens=arguments.budget,
         enable_prefix_caching=False,
-        state_dtype=torch.bfloat16 if case.is_fp8 else torch.float32,
+        state_dtype=case.state_dtype,
         kv_cache_dtype="fp8" if case.is_fp8 else "auto",
         memory_fraction=0.25 if case.measures == ["warm"] else None,
         enforce_eager=arguments.eager,
@@ -165,7 +172,7 @@ def measure_steps(engine: Engine, case: Case) -> list[dict[str, Any]]:
                 layer.normal_(0, 0.5)
     found = []
     for context in contexts_of(case):
-        cost = step_cost(engine.model, case.count, context, case.is_fp8)
+        cost = step_cost(engine.model, case.count, context, case.is_fp8, case.state_dtype)
         seconds = decode_seconds(engine, case.count, context)
         if seconds is None:
             print(f"  context {context:6}: does not fit", flush=True)
@@ -320,7 +327,7 @@ def measure(case: Case, model: M1ForCausalLM, arguments: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL[+fp8]/SEQUENCES/TOKENS[@MEASURE,…]")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL[+fp8|+bf16-states]/SEQUENCES/TOKENS[@MEASURE,…]")
     parser.add_argument("--mixer", choices=["mamba1", "mamba2"], default="mamba1")
     parser.add_argument("--budget", type=int, help="max_num_batched_tokens")
     parser.add_argument("--ahead", type=int, help="steps launched before one is read")
