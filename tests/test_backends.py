@@ -294,9 +294,32 @@ def test_states_of_16_bits_take_half_the_memory_and_are_told(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         config = SolveConfig(model=str(tmp_path), device="cpu", state_dtype=kind)
-        engine = _load_engine(config, has_deadline=False)
+        engine = _load_engine(config, has_deadline=False, max_model_len=None)
         assert engine.runner.state.slot_stacks[1].dtype == dtype
         assert open_backend(config).identity.get("state_dtype", "float32") == kind
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_an_engine_has_room_for_what_will_be_asked(tmp_path, is_chat):
+    """And no more; where that is not known, or more than the model can hold, for the model's whole context."""
+    tokenizer = byte_tokenizer()
+    if is_chat:
+        tokenizer.chat_template = "{% for message in messages %}<bos>{{ message.content }}!{% endfor %}"
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = SolveConfig(model=str(tmp_path), device="cpu", max_new_tokens=10)
+    texts = ["ab", "a longer one", "abc"]
+    backend = open_backend(config, texts)
+    longest = 1 + len("a longer one") + is_chat
+    assert backend.facts["max_model_len"] == longest + 10
+    params = {"temperature": 1.0, "max_tokens": 10, "seed": 0, "ignore_eos": True}
+    found = backend.generate([SampleRequest(backend.prompt(text), 2, params) for text in texts], Watch())
+    assert [[sample.num_tokens for sample in samples] for samples in found] == [[10, 10]] * 3
+    assert open_backend(config).facts["max_model_len"] == 128
+    too_long = open_backend(config, ["a" * 128])
+    assert too_long.facts["max_model_len"] == 128
+    with pytest.raises(ValueError, match=r"requests\[0\]: the prompt has 1\d\d tokens"):
+        too_long.generate([SampleRequest(too_long.prompt("a" * 128), 1, params)], Watch())
 
 
 def test_what_vllm_gives_in_pieces_is_put_together(fake_vllm):

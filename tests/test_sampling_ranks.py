@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from m1.backends import engine_backend, ranks
-from m1.backends.ranks import dismiss, serve, shared_backend
+from m1.backends.ranks import announce, dismiss, serve, shared_backend
 from m1.engine import Engine
 from m1.evaluation.sampling import Sample, SampleRequest, Watch
 from tests.engine.models import byte_tokenizer, tiny_engine, tiny_model
@@ -57,9 +57,10 @@ def sample_on_a_rank(out: Path) -> None:
     """Runs in each rank's process."""
     engine = slow_engine()
     if dist.get_rank() == 1:
-        serve(lambda: engine)
+        serve(lambda max_model_len: engine if max_model_len == 64 else None)
         (out / "1.json").write_text(json.dumps(engine.metrics.num_generated_tokens))
         return
+    announce(64)
     generate = shared_backend(engine)
     try:
         found = []
@@ -96,8 +97,9 @@ def fail_on_a_rank(out: Path) -> None:
         engine = slow_engine()
         engine.runner.decode = None  # every step fails there
         with pytest.raises(TypeError):
-            serve(lambda: engine)
+            serve(lambda max_model_len: engine)
         return
+    announce(None)
     generate = shared_backend(slow_engine())
     with pytest.raises(RuntimeError, match="sampling failed on rank 1: TypeError"):
         generate(REQUESTS, Watch())

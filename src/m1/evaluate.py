@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def _run(config: EvalConfig) -> None:
     out = Path(config.out or Path("runs/eval") / task_name(config.model.strip("/").split("/")[-1]))
     require_free(out)
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    backend = open_backend(config, has_deadline=budget.seconds is not None)
+    texts = [problem.problem + suffix_of(task, config.suffix) for task in tasks for problem in problems[task]]
+    backend = open_backend(config, texts, has_deadline=budget.seconds is not None)
     evaluation = Evaluation(config, backend, out, budget, verifier)
     if config.overwrite:
         shutil.rmtree(out, ignore_errors=True)
@@ -179,7 +180,11 @@ class Evaluation:
     def measure(self, task: str, problems: Sequence[Problem], scorer: Scorer) -> dict[str, Any]:
         """Evaluate one task with a progress bar; its summary, and what this `session` sampled of it."""
         config, backend = self.config, self.backend
-        to_prompt = prompt_maker(backend, task, config.suffix)
+        suffix = suffix_of(task, config.suffix)
+
+        def to_prompt(problem: Problem) -> Prompt:
+            return backend.prompt(problem.problem + suffix)
+
         if self.budget.seconds:
             backend.warm_up(to_prompt(problems[0]), _WARM_UP_TOKENS, config.temperature)
         path = self.out / f"{task_name(task)}{RECORDS_SUFFIX}"
@@ -235,12 +240,12 @@ class Progress:
         self._bar.update(0)
 
 
-def prompt_maker(backend: Backend, task: str, suffix: str | None) -> Callable[[Problem], Prompt]:
-    """How a problem of `task` is asked: the problem and the suffix behind it: the one given, the task's, or the paper's."""
-    if suffix is None:
-        own = TASKS[task].suffix if task in TASKS else None
-        suffix = f"\n{ANSWER_INSTRUCTION}" if own is None else own
-    return lambda problem: backend.prompt(problem.problem + suffix)
+def suffix_of(task: str, given: str | None) -> str:
+    """What is added to a problem of `task`: the suffix given, the task's, or the paper's."""
+    if given is not None:
+        return given
+    own = TASKS[task].suffix if task in TASKS else None
+    return f"\n{ANSWER_INSTRUCTION}" if own is None else own
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:

@@ -69,14 +69,15 @@ def _run(config: SolveConfig) -> None:
     check(config)
     budget = Budget(config.seconds or None, config.tokens or None)
     verifier = load_verifier(config.vote)
-    backend = open_backend(config, has_deadline=budget.seconds is not None)
+    text = problem.rstrip() + config.suffix
+    backend = open_backend(config, [text], has_deadline=budget.seconds is not None)
     num_samples = config.samples or (MOST_SAMPLES if budget else DEFAULT_SAMPLES)
     limits = [f"{num_samples} samples"] if config.samples or not budget else []
     limits += [f"{config.seconds:g} s"] * bool(config.seconds) + [f"{config.tokens} tokens"] * bool(config.tokens)
     Console(stderr=True).print(
         f"[bold]{escape(backend.description)}[/]; until {' or '.join(limits)}, each of at most {config.max_new_tokens} tokens"
     )
-    prompt = backend.prompt(problem.rstrip() + config.suffix)
+    prompt = backend.prompt(text)
     if budget.seconds:
         backend.warm_up(prompt, _WARM_UP_TOKENS, config.temperature)
     solution = solve(

@@ -1,16 +1,18 @@
 """From a command's options to a model that can be sampled: loads it, or finds its server, and says what it is."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m1.config import SamplingConfig, require
+from m1.config import EvalConfig, SamplingConfig, SolveConfig, require
 from m1.evaluation.sampling import Generate, Prompt, SampleRequest, Watch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from m1.engine.llm import Engine
 
 _FINGERPRINT_BYTES = 1 << 20  # read from either end of each weights file
@@ -36,7 +38,7 @@ class Backend:
 
     def prompt(self, text: str) -> Prompt:
         """`text` as the model wants it: a user's message, or plain text for a model without chat template."""
-        return [{"role": "user", "content": text}] if self.is_chat else text
+        return as_prompt(text, self.is_chat)
 
     def warm_up(self, prompt: Prompt, max_tokens: int, temperature: float) -> None:
         """Sample a few tokens at full width, so that compilation and first allocations are not timed."""
@@ -44,10 +46,17 @@ class Backend:
         self.generate([SampleRequest(prompt, self.concurrency if temperature > 0 else 1, params)], Watch())
 
 
-def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backend:
+def as_prompt(text: str, is_chat: bool) -> Prompt:
+    """`text` as a user's message, or as it is."""
+    return [{"role": "user", "content": text}] if is_chat else text
+
+
+def open_backend(config: SolveConfig | EvalConfig, texts: Sequence[str] = (), *, has_deadline: bool = False) -> Backend:
     """The model that `config` names, loaded. With a deadline, `concurrency` 0 means fewer samples at once.
 
-    Raises ValueError or OSError for what can't be had, naming the option.
+    texts: what will be asked, if it is known: our engine then takes no more memory than the longest of them needs with
+    `max_new_tokens` behind it, instead of the model's whole context. Raises ValueError, OSError or MemoryError for what can't
+    be had, naming the option.
     """
     require(config, "model")
     if config.concurrency < 0:
@@ -60,7 +69,7 @@ def open_backend(config: SamplingConfig, *, has_deadline: bool = False) -> Backe
     if config.url or config.backend == "server":
         return _open_server(config)
     if config.backend == "engine":
-        opened = _open_engine(config, has_deadline)
+        opened = _open_engine(config, texts, has_deadline)
     else:
         opened = {"transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
     opened.identity = {"model": config.model, "backend": config.backend, "weights": fingerprint(config.model)}
@@ -97,7 +106,7 @@ def other_ranks_serving(config: SamplingConfig, *, has_deadline: bool = False) -
     from m1.distributed import is_first
 
     if not is_first():
-        serve(lambda: _load_engine(config, has_deadline))
+        serve(lambda max_model_len: _load_engine(config, has_deadline, max_model_len))
         yield False
         return
     try:
@@ -106,7 +115,16 @@ def other_ranks_serving(config: SamplingConfig, *, has_deadline: bool = False) -
         dismiss()
 
 
-def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
+def needed_room(texts: Sequence[str], max_new_tokens: int, tokenizer: "PreTrainedTokenizerBase", limit: int) -> int | None:
+    """Tokens of the longest prompt with its completion, at most the model's `limit`; None where no prompts are known."""
+    from m1.engine.prompts import encode_prompt
+
+    prompts = [as_prompt(text, bool(tokenizer.chat_template)) for text in texts]
+    longest = max((len(encode_prompt(prompt, tokenizer, len(tokenizer))) for prompt in prompts), default=None)
+    return None if longest is None else min(limit, longest + max_new_tokens)
+
+
+def _load_engine(config: SamplingConfig, has_deadline: bool, max_model_len: int | None) -> "Engine":
     import torch
 
     from m1.distributed import local_device
@@ -115,7 +133,12 @@ def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
 
     device = local_device(config.device)
     concurrency = config.concurrency or (_ENGINE_CONCURRENCY_IN_TIME[device.type] if has_deadline else None)
-    options: dict[str, Any] = {"dtype": inference_dtype(device), "device": device, "max_num_seqs": concurrency}
+    options: dict[str, Any] = {
+        "dtype": inference_dtype(device),
+        "device": device,
+        "max_num_seqs": concurrency,
+        "max_model_len": max_model_len,
+    }
     if config.state_dtype == "bfloat16" or config.quantization == "fp8":
         options["state_dtype"] = torch.bfloat16
     if config.quantization == "fp8":
@@ -123,12 +146,17 @@ def _load_engine(config: SamplingConfig, has_deadline: bool) -> "Engine":
     return Engine(config.model, load_tokenizer(config.model), **options)
 
 
-def _open_engine(config: SamplingConfig, has_deadline: bool) -> Backend:
+def _open_engine(config: SolveConfig | EvalConfig, texts: Sequence[str], has_deadline: bool) -> Backend:
     from m1.backends.engine import engine_backend
-    from m1.backends.ranks import shared_backend
+    from m1.backends.ranks import announce, shared_backend
     from m1.distributed import num_ranks
+    from m1.modeling.loading import load_config, load_tokenizer
 
-    engine = _load_engine(config, has_deadline)
+    limit = load_config(config.model).max_position_embeddings
+    room = needed_room(texts, config.max_new_tokens, load_tokenizer(config.model), limit)
+    if num_ranks() > 1:
+        announce(room)
+    engine = _load_engine(config, has_deadline, room)
     layers, capacity, weight = engine.model.config, engine.capacity, engine.model.model.embed_tokens.weight
     dtype = str(weight.dtype).removeprefix("torch.") if config.quantization == "none" else config.quantization
     places = f"on {weight.device}" if num_ranks() == 1 else f"on each of {num_ranks()} ranks"

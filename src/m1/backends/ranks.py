@@ -21,7 +21,7 @@ from m1.evaluation.sampling import Generate, Sample, SampleRequest, Watch
 PIECES_A_RANK = 8  # at least: the last ones are what ranks wait for
 _POLL_SECONDS = 0.02  # between two looks at what others have written
 _PARTING_SECONDS = 60.0  # after which a rank that is dismissed is given up; it may be dead
-_CLOSED, _FAILED, _LEFT = "closed", "failed", "left"
+_ROOM, _CLOSED, _FAILED, _LEFT = "room", "closed", "failed", "left"
 
 
 class Board:
@@ -53,6 +53,11 @@ class Board:
 
     def length(self, name: str) -> int:
         return self._store.add(f"{name}/length", 0)
+
+
+def announce(max_model_len: int | None) -> None:
+    """On the first rank, before it loads its engine: how much room those of the others need; they load theirs meanwhile."""
+    Board().put(_ROOM, max_model_len)
 
 
 def shared_backend(engine: Engine) -> Generate:
@@ -90,11 +95,18 @@ def dismiss() -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def serve(open_engine: Callable[[], Engine]) -> None:
-    """On every rank but the first: sample for its calls, until it dismisses. A failure is told to it, and raised."""
+def serve(open_engine: Callable[[int | None], Engine]) -> None:
+    """On every rank but the first: sample for its calls, until it dismisses. A failure is told to it, and raised.
+
+    open_engine: of the `max_model_len` that the first rank announces.
+    """
     board = Board()
     try:
-        engine = open_engine()
+        while not board.has(_ROOM):
+            if board.has(_CLOSED):
+                return
+            time.sleep(_POLL_SECONDS)
+        engine = open_engine(board.get(_ROOM))
         for number in count():
             call = f"call {number}"
             while not board.has(f"{call}/requests"):

@@ -91,7 +91,7 @@ def plan_capacity(
         if num_pages < pages_per_sequence and (max_model_len is not None or length < 2):
             raise MemoryError(
                 f"one sequence of max_model_len {length} needs {pages_per_sequence * page_bytes / GIB:.2f} GiB of keys and "
-                f"values, {max(0, budget) / GIB:.2f} GiB are left; lower max_model_len or max_num_seqs"
+                f"values, {max(0, budget) / GIB:.2f} GiB are left; lower max_model_len (--max-new-tokens) or max_num_seqs"
             )
     elif num_pages * page_size < length:
         if max_model_len is not None:

@@ -35,7 +35,7 @@ class RequestFactory:
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params: expected SamplingParams, given {type(params).__name__}")
-        ids = self._encode(prompt)
+        ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         if len(ids) >= self.max_model_len:
@@ -57,29 +57,35 @@ class RequestFactory:
             on_delta=on_delta,
         )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self._tokenizer_for("text").encode(prompt)
-        if not isinstance(prompt, list):
-            raise ValueError(f"expected text, a list of token ids or a list of messages, given {type(prompt).__name__}")
-        if prompt and isinstance(prompt[0], dict):
-            return self._encode_messages(prompt)
-        for place, token in enumerate(prompt):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
-                raise ValueError(f"token {place} is {token!r}; expected an id from 0 to {self.vocab_size - 1}")
-        return cast(list[int], prompt)
 
-    def _encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
-        tokenizer = self._tokenizer_for("messages")
-        for place, message in enumerate(messages):
-            if not isinstance(message, dict) or "role" not in message:
-                raise ValueError(f'message {place}: expected {{"role": …, "content": …}}, given {message!r}')
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template for a list of messages; give text or token ids")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer.encode(str(text), add_special_tokens=False)
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:
+    """Token ids of raw text (special tokens added), of chat messages (templated), or ids themselves, checked.
 
-    def _tokenizer_for(self, kind: str) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ValueError(f"the prompt is {kind}, but the engine has no tokenizer; give it one, or give token ids")
-        return self.tokenizer
+    Raises ValueError for ids outside the vocabulary, anything but ids without a tokenizer, messages without a chat template.
+    """
+    if isinstance(prompt, str):
+        return _needed(tokenizer, "text").encode(prompt)
+    if not isinstance(prompt, list):
+        raise ValueError(f"expected text, a list of token ids or a list of messages, given {type(prompt).__name__}")
+    if prompt and isinstance(prompt[0], dict):
+        return _encode_messages(prompt, _needed(tokenizer, "messages"))
+    for place, token in enumerate(prompt):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"token {place} is {token!r}; expected an id from 0 to {vocab_size - 1}")
+    return cast(list[int], prompt)
+
+
+def _encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f'message {place}: expected {{"role": …, "content": …}}, given {message!r}')
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template for a list of messages; give text or token ids")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(str(text), add_special_tokens=False)
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None, kind: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ValueError(f"the prompt is {kind}, but the engine has no tokenizer; give it one, or give token ids")
+    return tokenizer
