@@ -18,6 +18,30 @@ BLOCK = 4096
 
 
 @triton.jit
+def _write_gradient(
+    logits_ptr, teacher_ptr, num_columns, inverse_temperature, ce_weight, log_z, log_z_at_1, teacher_log_z, kl, target,
+    HAS_TEACHER: tl.constexpr, HAS_TARGETS: tl.constexpr, IS_FORWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second pass over one row: its gradient, over its logits."""
+    kl_slope = (1.0 - ce_weight) * inverse_temperature
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        s = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.zeros([BLOCK], tl.float32)
+        if HAS_TEACHER:
+            t = tl.load(teacher_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+            p = tl.exp(s * inverse_temperature - log_z)
+            if IS_FORWARD:
+                gradient = (p - tl.exp(t * inverse_temperature - teacher_log_z)) * kl_slope
+            else:
+                gradient = p * ((s - t) * inverse_temperature - log_z + teacher_log_z - kl) * kl_slope
+        if HAS_TARGETS:
+            gradient += ce_weight * (tl.exp(s - log_z_at_1) - (columns == target).to(tl.float32))
+        tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _divergence_kernel(
     logits_ptr, teacher_ptr, targets_ptr, sums_ptr, logits_stride, teacher_stride, num_columns,
     inverse_temperature, ce_weight,
@@ -85,22 +109,10 @@ def _divergence_kernel(
 
     if WANTS_GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        kl_slope = (1.0 - ce_weight) * inverse_temperature
-        for start in range(0, num_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < num_columns
-            s = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-            gradient = tl.zeros([BLOCK], tl.float32)
-            if HAS_TEACHER:
-                t = tl.load(teacher_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-                p = tl.exp(s * inverse_temperature - log_z)
-                if IS_FORWARD:
-                    gradient = (p - tl.exp(t * inverse_temperature - teacher_log_z)) * kl_slope
-                else:
-                    gradient = p * ((s - t) * inverse_temperature - log_z + teacher_log_z - kl) * kl_slope
-            if HAS_TARGETS:
-                gradient += ce_weight * (tl.exp(s - log_z_at_1) - (columns == target).to(tl.float32))
-            tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+        _write_gradient(
+            logits_ptr, teacher_ptr, num_columns, inverse_temperature, ce_weight, log_z, log_z_at_1, teacher_log_z, kl, target,
+            HAS_TEACHER, HAS_TARGETS, IS_FORWARD, BLOCK,
+        )  # fmt: skip
 
 
 def divergence_(

@@ -187,6 +187,25 @@ def reader_gradient_kernel(
         tl.store(final_state + document * (size * N) + element, tl.expand_dims(state, 2), mask=has_element)
 
 
+@triton.jit
+def _at_chunk_end(
+    q_end, entry, final_state, chunk, document, flags, channel, n, element, has_element, size, zero,
+    N: tl.constexpr, HAS_END: tl.constexpr, HAS_FINAL: tl.constexpr, STATES_ARE_OUTER: tl.constexpr,
+):  # fmt: skip
+    """The q that leaves a chunk and the state there, each [HB, BN, 1, PB]; see writer_gradient_kernel."""
+    q = tl.zeros(element.shape, tl.float32)
+    state = tl.zeros(element.shape, tl.float32)
+    if HAS_END:
+        is_last = (tl.zeros([1, 1, 1, 1], tl.int32) + (flags & IS_LAST)) != 0
+        end_at = state_address(q_end, chunk, channel, n, size, N, zero, STATES_ARE_OUTER)
+        q = tl.load(end_at, mask=has_element, other=0.0)
+        if HAS_FINAL:
+            state += tl.load(final_state + document * (size * N) + element, mask=has_element & is_last, other=0.0)
+        if not STATES_ARE_OUTER:
+            state += tl.load(entry + (chunk + 1) * (size * N) + element, mask=has_element & (is_last == 0), other=0.0)
+    return q, state
+
+
 @triton.jit(do_not_specialize=["zero"])
 def writer_gradient_kernel(
     x, dt, A, B, C, D, z, dt_bias, dy, entry, q_end, correlation, delta_sum, final_state,
@@ -236,16 +255,10 @@ def writer_gradient_kernel(
     if HAS_D:
         skip = tl.load(D + channel + zero, mask=exists, other=0.0)
     prefix_sum = tl.sum(tl.load(delta_sum + chunk * size + channel + zero, mask=exists, other=0.0), axis=1)  # of Δ
-    q = tl.zeros([HB, BN, 1, PB], tl.float32)
-    state = tl.zeros([HB, BN, 1, PB], tl.float32)
-    if HAS_END:
-        is_last = (tl.zeros([1, 1, 1, 1], tl.int32) + (flags & IS_LAST)) != 0
-        end_at = state_address(q_end, chunk, channel, n, size, N, zero, STATES_ARE_OUTER)
-        q = tl.load(end_at, mask=has_element, other=0.0)
-        if HAS_FINAL:
-            state += tl.load(final_state + document * (size * N) + element, mask=has_element & is_last, other=0.0)
-        if not STATES_ARE_OUTER:
-            state += tl.load(entry + (chunk + 1) * (size * N) + element, mask=has_element & (is_last == 0), other=0.0)
+    q, state = _at_chunk_end(
+        q_end, entry, final_state, chunk, document, flags, channel, n, element, has_element, size, zero,
+        N, HAS_END, HAS_FINAL, STATES_ARE_OUTER,
+    )  # fmt: skip
     at_end = tl.sum(q * state, axis=2)
     q = tl.sum(q, axis=2)
     dA_sum = at_end * prefix_sum[:, None, :]
