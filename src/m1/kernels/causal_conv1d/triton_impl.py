@@ -11,12 +11,11 @@ With D = d_xb = 1024 channels (x repeated afterwards) a third of each. Where x i
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from m1.kernels.causal_conv1d.triton_kernels import conv_backward_kernel, conv_kernel, conv_update_kernel
 from m1.kernels.chunk_table import cut_documents, document_bounds
-from m1.kernels.launch import num_multiprocessors, with_unit_stride
+from m1.kernels.launch import cdiv, next_power_of_2, num_multiprocessors, with_unit_stride
 from m1.kernels.strides import stride_unit
 
 FEW_PROGRAMS = 8  # a multiprocessor: with fewer of the forward, chunks are halved
@@ -39,14 +38,14 @@ class ConvConfig(NamedTuple):
     backward_channels: int | None = None
 
     def forward_sizes(self, width: int, num_sources: int) -> dict[str, int]:
-        taps = triton.next_power_of_2(width)
-        block = min(256 * self.num_warps, max(triton.next_power_of_2(num_sources), 32))
+        taps = next_power_of_2(width)
+        block = min(256 * self.num_warps, max(next_power_of_2(num_sources), 32))
         return {"WIDTH": width, "TAPS": taps, "STEPS": max(self.steps, taps), "BLOCK": block}
 
     def backward_sizes(self, width: int, repeat: int) -> dict[str, int]:
         members = max(number for number in range(1, MOST_MEMBERS + 1) if repeat % number == 0)
         channels = self.backward_channels or (2 if members <= 4 else 1)
-        steps = max(self.backward_steps, triton.next_power_of_2(width - 1))
+        steps = max(self.backward_steps, next_power_of_2(max(width - 1, 1)))
         assert self.chunk % steps == 0
         return {"WIDTH": width, "STEPS": steps, "BLOCK": 32 * self.backward_warps * channels, "MEMBERS": members}
 
@@ -54,8 +53,8 @@ class ConvConfig(NamedTuple):
 def choose_config(num_tokens: int, num_sources: int, repeat: int, multiprocessors: int) -> ConvConfig:
     """Launch sizes for `num_tokens` of `num_sources` channels of x, each read by `repeat` filters."""
     config = ConvConfig()
-    blocks = triton.cdiv(num_sources, config.forward_sizes(1, num_sources)["BLOCK"]) * repeat
-    is_small = blocks * triton.cdiv(num_tokens, config.chunk) < FEW_PROGRAMS * multiprocessors
+    blocks = cdiv(num_sources, config.forward_sizes(1, num_sources)["BLOCK"]) * repeat
+    is_small = blocks * cdiv(num_tokens, config.chunk) < FEW_PROGRAMS * multiprocessors
     return config._replace(chunk=config.chunk // 2) if is_small else config
 
 
@@ -112,7 +111,7 @@ class _CausalConv1d(torch.autograd.Function):
         if output_final_state:
             final_state = torch.empty(chunks.num_sequences, num_sources, width - 1, dtype=x.dtype, device=x.device)
         sizes, unit = config.forward_sizes(width, num_sources), stride_unit([x.stride(0)])
-        conv_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]) * repetition["REPEAT"], chunks.num_chunks)](
+        conv_kernel[(cdiv(num_sources, sizes["BLOCK"]) * repetition["REPEAT"], chunks.num_chunks)](
             x, weight, bias, initial, y, final_state, chunks.rows, bounds, x.stride(0) // unit, num_sources,
             **sizes, **repetition, UNIT=unit, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
             HAS_FINAL=output_final_state, SILU=silu, num_warps=config.num_warps,
@@ -133,7 +132,7 @@ class _CausalConv1d(torch.autograd.Function):
         d_filter = torch.empty(rows.shape[0], width + 1, D, dtype=torch.float32, device=x.device)
         d_initial = None if initial is None else torch.empty_like(initial)
         sizes, unit = ctx.config.backward_sizes(width, D // num_sources), stride_unit([x.stride(0), dy.stride(0)])
-        conv_backward_kernel[(triton.cdiv(num_sources, sizes["BLOCK"]), rows.shape[0])](
+        conv_backward_kernel[(cdiv(num_sources, sizes["BLOCK"]), rows.shape[0])](
             x, weight, bias, initial, dy, d_final, dx, d_filter, d_initial, rows, bounds,
             x.stride(0) // unit, dy.stride(0) // unit, num_sources, **sizes, **ctx.repetition, UNIT=unit,
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=d_final is not None,
@@ -165,9 +164,9 @@ def causal_conv1d_update(
     n, num_sources = x.shape
     D, width = weight.shape
     y = torch.empty(n, D, dtype=x.dtype, device=x.device)
-    conv_update_kernel[(triton.cdiv(num_sources, block), n)](
+    conv_update_kernel[(cdiv(num_sources, block), n)](
         x, conv_state, weight.contiguous(), bias, slots, y, x.stride(0), *conv_state.stride(), conv_state.shape[0],
-        num_sources, width, triton.next_power_of_2(max(width - 1, 1)), block, **_repetition(D, num_sources, head_width),
+        num_sources, width, next_power_of_2(max(width - 1, 1)), block, **_repetition(D, num_sources, head_width),
         HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None, SILU=activation == "silu", num_warps=num_warps,
     )  # fmt: skip
     return y

@@ -18,11 +18,10 @@ Floors on an H100 (3.0 TB/s; 132 multiprocessors x 16 exponentials x 1.7 GHz = 3
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from m1.kernels.chunk_table import ChunkTable, cut_documents, document_bounds
-from m1.kernels.launch import IS_INTERPRETED, num_multiprocessors, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, cdiv, next_power_of_2, num_multiprocessors, with_unit_stride
 from m1.kernels.partial_sums import sum_partials
 from m1.kernels.selective_scan import triton_backward as backward
 from m1.kernels.selective_scan import triton_forward as forward
@@ -54,9 +53,9 @@ class Tile(NamedTuple):
 
     def sizes(self, P: int, N: int) -> dict[str, int]:
         """Constants of the kernels. A lane holds all states of its channels, so many states leave room for few others."""
-        states = triton.next_power_of_2(N)
-        channels = min(self.channels, triton.next_power_of_2(P), max(32 // states, 1))
-        rows = min(triton.next_power_of_2(P), WARP * self.num_warps * channels)
+        states = next_power_of_2(N)
+        channels = min(self.channels, next_power_of_2(P), max(32 // states, 1))
+        rows = min(next_power_of_2(P), WARP * self.num_warps * channels)
         return {
             "P": P,
             "N": N,
@@ -220,7 +219,7 @@ class _Inputs(NamedTuple):
 def _num_programs(tile: Tile, H: int, P: int, N: int) -> int:
     """Blocks of channels: heads, and blocks of rows where a head is wide."""
     sizes = tile.sizes(P, N)
-    return triton.cdiv(H, sizes["HB"]) * triton.cdiv(P, sizes["PB"])
+    return cdiv(H, sizes["HB"]) * cdiv(P, sizes["PB"])
 
 
 def _scan_chunks(
@@ -259,7 +258,7 @@ def _carry(
     states: Tensor, delta_sum: Tensor, inputs: _Inputs, chunks: ChunkTable, carried_in: Tensor | None, reverse: bool
 ) -> None:
     H, P, N = inputs.state_shape
-    forward.carry_kernel[(triton.cdiv(inputs.A.numel(), CARRY_BLOCK), chunks.num_sequences)](
+    forward.carry_kernel[(cdiv(inputs.A.numel(), CARRY_BLOCK), chunks.num_sequences)](
         states, delta_sum, inputs.A, chunks.first_chunk, carried_in, H, P, N, CARRY_BLOCK, CARRY_ROWS,
         HAS_CARRY=carried_in is not None, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
@@ -291,7 +290,7 @@ def _rows_of_dB(inputs: _Inputs, sizes: dict[str, int]) -> tuple[int, int, int]:
     if HB == 1 or share == 1 or not _is_half(inputs, sizes):
         return HB, 1, H
     slots = min(HB, (HB + share - 2) // share + 1)
-    return slots, share, triton.cdiv(H, HB) * slots
+    return slots, share, cdiv(H, HB) * slots
 
 
 def _sweep_readers(
@@ -301,7 +300,7 @@ def _sweep_readers(
     N, sizes, device = inputs.state_shape[2], tile.sizes(P, inputs.state_shape[2]), dy.device
     states = (chunks.num_chunks, N, H * P)
     swept = _Swept(
-        dC=torch.empty(T, H, triton.cdiv(P, sizes["PB"]), N, dtype=inputs.C.dtype, device=device),
+        dC=torch.empty(T, H, cdiv(P, sizes["PB"]), N, dtype=inputs.C.dtype, device=device),
         dA=torch.empty(states, dtype=torch.float32, device=device),
         dz=None if inputs.z is None else torch.empty(T, H, P, dtype=inputs.z.dtype, device=device),
         correlation=torch.empty(T, H, P, dtype=torch.float32, device=device),
@@ -340,7 +339,7 @@ def _sweep_writers(
     dx = torch.empty(T, H, P, dtype=inputs.x.dtype, device=device)
     ddt = torch.empty(T, H, P, dtype=inputs.dt.dtype, device=device)
     slots, share, rows = _rows_of_dB(inputs, sizes)
-    dB = torch.empty(T, rows, triton.cdiv(P, sizes["PB"]), N, dtype=inputs.B.dtype, device=device)
+    dB = torch.empty(T, rows, cdiv(P, sizes["PB"]), N, dtype=inputs.B.dtype, device=device)
     dD, d_bias = (
         torch.empty(chunks.num_chunks, H, P, dtype=torch.float32, device=device) if is_wanted else None
         for is_wanted in (has_D, has_bias)
@@ -369,7 +368,7 @@ def _sum_repeats(partial: Tensor) -> Tensor:
     if repeats == 1:
         return partial[:, :, 0]
     total = torch.empty(T, heads, width, dtype=partial.dtype, device=partial.device)
-    grid = (triton.cdiv(total.numel(), SUM_BLOCK),)
+    grid = (cdiv(total.numel(), SUM_BLOCK),)
     backward.sum_heads_kernel[grid](partial, total, total.numel(), width, repeats, SUM_BLOCK)
     return total
 
@@ -378,6 +377,6 @@ def _sum_slots(partial: Tensor, inputs: _Inputs, slots: int, share: int, heads: 
     """dB [T, G, N] from what programs of `heads` heads left in [T, rows, 1, N]."""
     total = torch.empty(inputs.B.shape, dtype=partial.dtype, device=partial.device)
     _, num_groups, width = total.shape
-    grid = (partial.shape[0], triton.cdiv(num_groups * width, SUM_BLOCK))
+    grid = (partial.shape[0], cdiv(num_groups * width, SUM_BLOCK))
     backward.sum_slots_kernel[grid](partial, total, num_groups, partial.shape[1], width, share, heads, slots, SUM_BLOCK)
     return total

@@ -22,13 +22,12 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from m1.kernels.chunk_table import ChunkTable, cut_documents, document_bounds
 from m1.kernels.dispatch import require
-from m1.kernels.launch import IS_INTERPRETED, with_unit_stride
+from m1.kernels.launch import IS_INTERPRETED, cdiv, next_power_of_2, with_unit_stride
 from m1.kernels.ssd import triton_backward as backward
 from m1.kernels.ssd import triton_chunks as between
 from m1.kernels.ssd import triton_forward as forward
@@ -113,7 +112,7 @@ def ssd_scan(
     if config is None:
         config = choose_config(max(x.shape[2], C.shape[2]), _operand(x).itemsize, _shared_memory(x.device))
     if chunk_size is not None:
-        config = config.with_chunk(min(max(triton.next_power_of_2(chunk_size), 16), 1024))
+        config = config.with_chunk(min(max(next_power_of_2(chunk_size), 16), 1024))
     bounds = document_bounds(cu_seqlens, x.shape[0], x.device)
     y, final_state = _SsdScan.apply(x, dt, A, B, C, D, dt_bias, initial_state, bounds, dt_softplus, output_final_state, config)
     return (y, final_state) if output_final_state else y
@@ -199,7 +198,7 @@ class _Inputs(NamedTuple):
     def widths(self) -> dict[str, Any]:
         """Constants of the kernels with matrix products: widths, padded widths, the operands' type and precision."""
         P, N = self.x.shape[2], self.C.shape[2]
-        padded = {"BP": max(triton.next_power_of_2(P), 16), "BN": max(triton.next_power_of_2(N), 16)}
+        padded = {"BP": max(next_power_of_2(P), 16), "BN": max(next_power_of_2(N), 16)}
         return {"P": P, "N": N} | padded | self.products
 
     @property
@@ -232,7 +231,7 @@ class _Decays(NamedTuple):
         T, H = inputs.dt.shape
         shapes = ((H, T), (H, T), (chunks.num_chunks, H))
         decays = cls(*[torch.empty(shape, dtype=torch.float32, device=inputs.x.device) for shape in shapes])
-        between.step_size_kernel[(triton.cdiv(H, STEP_HEADS), chunks.num_chunks)](
+        between.step_size_kernel[(cdiv(H, STEP_HEADS), chunks.num_chunks)](
             inputs.dt, inputs.A, inputs.dt_bias, *decays, chunks.rows, *inputs.dt.stride(), H, T, length, STEP_HEADS,
             HAS_BIAS=inputs.dt_bias is not None, SOFTPLUS=inputs.softplus,
         )  # fmt: skip
@@ -258,9 +257,9 @@ def _chunk_states(
     """What each chunk adds to the carried state, or, given dy, to its gradient: [chunks, H, P, N] fp32."""
     H, P, N = inputs.state_shape
     values, keys = (inputs.x, inputs.B) if dy is None else (dy, inputs.C)
-    rows = min(tile.rows, max(triton.next_power_of_2(P), 16))
+    rows = min(tile.rows, max(next_power_of_2(P), 16))
     added = torch.empty(chunks.num_chunks, H, P, N, dtype=torch.float32, device=values.device)
-    between.chunk_state_kernel[(H * triton.cdiv(P, rows), chunks.num_chunks)](
+    between.chunk_state_kernel[(H * cdiv(P, rows), chunks.num_chunks)](
         values, keys, *decays, added, chunks.rows, *values.stride()[:2], *keys.stride()[:2],
         H, values.shape[0], H // values.shape[1], H // keys.shape[1], P, N, inputs.widths["BN"], rows, tile.columns,
         REVERSE=dy is not None, WITH_ENDS=with_ends, **inputs.products, **_launch(tile),
@@ -276,7 +275,7 @@ def _entry_states(
     added = _chunk_states(inputs, chunks, decays, None, with_final, tile)
     entry = torch.empty(added.shape, dtype=_operand(inputs.x), device=added.device)
     final = torch.empty(chunks.num_sequences, H, P, N, dtype=torch.float32, device=added.device) if with_final else None
-    between.carry_kernel[(H * triton.cdiv(P * N, CARRY_BLOCK), chunks.num_sequences)](
+    between.carry_kernel[(H * cdiv(P * N, CARRY_BLOCK), chunks.num_sequences)](
         added, decays.chunk_decay, chunks.first_chunk, initial, final, entry, None, None,
         H, P * N, CARRY_BLOCK, CARRY_ROWS, HAS_IN=initial is not None, HAS_OUT=with_final, REVERSE=False, num_warps=1,
     )  # fmt: skip
@@ -306,7 +305,7 @@ def _end_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """∂L/∂(state that leaves each chunk) in the operands' dtype, the parts of exp(l_Q)·q·h [chunks, H, parts], ∂initial."""
     H, P, N = inputs.state_shape
-    parts = triton.cdiv(P * N, CARRY_BLOCK)
+    parts = cdiv(P * N, CARRY_BLOCK)
     d_final = None if d_final is None else d_final.float().contiguous()
     added = _chunk_states(inputs, chunks, decays, dy, has_initial, tile)
     q_end = torch.empty_like(entry)
@@ -339,9 +338,9 @@ def _backward(
     ddt = torch.empty(T, H, dtype=inputs.dt.dtype, device=dy.device)
     partial = torch.empty(3, chunks.num_chunks, H, dtype=torch.float32, device=dy.device)
     has_D, has_bias = inputs.D is not None, inputs.dt_bias is not None
-    backward.step_size_gradient_kernel[(triton.cdiv(H, STEP_HEADS), chunks.num_chunks)](
+    backward.step_size_gradient_kernel[(cdiv(H, STEP_HEADS), chunks.num_chunks)](
         inputs.dt, inputs.A, inputs.dt_bias, sums, crossing, ddt, *partial, chunks.rows, *inputs.dt.stride(), H, T,
-        crossing.shape[2], triton.next_power_of_2(crossing.shape[2]), config.chunk, STEP_HEADS,
+        crossing.shape[2], next_power_of_2(crossing.shape[2]), config.chunk, STEP_HEADS,
         HAS_D=has_D, HAS_BIAS=has_bias, SOFTPLUS=inputs.softplus,
     )  # fmt: skip
     dA, dD, d_bias = partial.sum(1)
