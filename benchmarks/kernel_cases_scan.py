@@ -207,6 +207,11 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
     def both(config: Any = None) -> Calls:
         return _sets(lambda: _gradients(kernel, {**inputs(), "config": config or default()}), forward_bytes)
 
+    def backward_with(chunk: int, steps: int) -> Calls:
+        from m1.kernels.causal_conv1d.triton_impl import ConvConfig
+
+        return both(ConvConfig(chunk, backward_steps=steps))
+
     def reference_forward() -> Calls:
         return _sets(lambda: functools.partial(reference.causal_conv1d, **inputs()), forward_bytes)
 
@@ -225,7 +230,10 @@ def _conv_cases(model: str, lengths: list[int], is_repeated_first: bool) -> list
         ScanCase(
             f"causal_conv1d backward {label}", 2 * tokens * (2 * sources + channels), both, reference_both,
             exponentials=2 * tokens * channels, build_forward=forward, build_reference_forward=reference_forward,
-            fields={**fields, "backward_channels": [1, 2, 4], "backward_steps": [4, 8], "backward_warps": [1, 2]},
+            sweep={
+                f"forward too: chunk={chunk} backward_steps={steps}": functools.partial(backward_with, chunk, steps)
+                for chunk, steps in itertools.product((16, 32, 64, 128), (4, 8))
+            },
             **shared | {"build_with": both},
         ),
     ]  # fmt: skip
@@ -289,6 +297,14 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
 
         return choose_config(state_dtype)
 
+    def configured(groups: int, channels: int, loads_first: bool) -> Callable[[], Calls]:
+        def builder() -> Calls:
+            from m1.kernels.mamba1_step.triton_impl import StepConfig
+
+            return step(StepConfig(groups, channels=channels, loads_first=loads_first))
+
+        return builder
+
     label = f"{model} {BATCH} rows {str(state_dtype).removeprefix('torch.')} states"
     warps = [1, 2, 4, 8]
     return [
@@ -302,8 +318,10 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             f"mamba1_step {label}", ssm_bytes + row_bytes + 2 * BATCH * shared * 3 * 2, step,
             reference_step,
             exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
-            fields={
-                "groups": [1, 2, 4, 8], "num_warps": warps, "max_registers": [None, 64, 96, 128],
+            sweep={
+                f"groups={groups} channels={channels} loads_first={first}": configured(groups, channels, first)
+                for first, groups, channels in itertools.product((True, False), (1, 2, 4), (4, 8, 16))
+                if 8 <= groups * channels <= 32
             },
         ),
     ]  # fmt: skip

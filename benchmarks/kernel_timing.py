@@ -47,12 +47,12 @@ def is_compiled_too(case: Case, options: argparse.Namespace) -> bool:
 
 
 def jobs_of(options: argparse.Namespace) -> list[tuple[str, Case]]:
-    """What to time, in order: our kernels of all cases, then their references, then torch.compile of those."""
+    """What to time, in order: our kernels of all cases, then torch.compile of their references, then the references."""
     cases = chosen_cases(options.only)
     jobs = [(OURS, case) for case in cases]
     if not options.skip_reference and not options.sweep:
-        jobs += [(REFERENCE, case) for case in cases if case.build_reference is not None]
         jobs += [(COMPILED, case) for case in cases if is_compiled_too(case, options)]
+        jobs += [(REFERENCE, case) for case in cases if case.build_reference is not None]
     return jobs
 
 

@@ -6,6 +6,7 @@ process works on the GPU while times are taken. One that crashes or hangs is sta
 """
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ from kernel_timing import (
     variants,
 )
 
-START_SECONDS, CASE_SECONDS, SWEEP_SECONDS = 900, 120, 240  # after which a worker counts as hung
+START_SECONDS = 900  # after which a worker that compiles ahead counts as hung
 HARDWARE = -1  # the job that says on what
 
 
@@ -48,6 +49,8 @@ def warm(patterns: list[str], index: int, label: str | None) -> str:
         calls = case.build_with(dict(variants(case))[label])  # type: ignore[attr-defined]
     calls[0]()
     torch.cuda.synchronize()
+    del calls
+    torch.cuda.empty_cache()  # other processes are at the same
     return case.name
 
 
@@ -75,6 +78,7 @@ def serve(options: argparse.Namespace) -> None:
     held: dict[int, Callable[[], dict[str, Any]]] = {}
     if options.worker > 0:
         torch._dynamo.config.recompile_limit = len(jobs)  # several cases are one function, each for its own sizes
+        torch._functorch.config.donated_buffer = False  # or a backward that was compiled could not be called twice
         compiled = [index for index, (kind, _) in enumerate(jobs) if kind == COMPILED]
         for index in compiled[options.worker - 1 :: options.compilers]:
             if is_due(options):
@@ -85,15 +89,19 @@ def serve(options: argparse.Namespace) -> None:
     print("READY", flush=True)
     for line in sys.stdin:
         kind, case = (OURS, None) if int(line) == HARDWARE else jobs[int(line)]
+        faulthandler.dump_traceback_later(0.9 * options.limit)  # where it hangs, before it is killed for that
         try:
             if case is None:
                 row = hardware()
             elif int(line) in held:
                 row = held.pop(int(line))()
+            elif kind == COMPILED and options.start_when is not None:
+                row = {name_of_error(kind): "not compiled when timing began"}
             else:
                 row = sweep_case(case) if options.sweep else run_job(kind, case)
         except Exception as error:
             row = {name_of_error(kind): f"{type(error).__name__}: {error}"[:2000]}
+        faulthandler.cancel_dump_traceback_later()
         is_spent = row.get("note") == WITHOUT_GRAPH or "CUDA error" in row.get(name_of_error(kind), "")
         print(("LAST " if is_spent else "ROW ") + json.dumps(row), flush=True)
         if is_spent:
@@ -125,7 +133,7 @@ def name_of_error(kind: str) -> str:
 class Worker:
     """A process that serves, seen from the parent."""
 
-    def __init__(self, number: int, seconds: int) -> None:
+    def __init__(self, number: int, seconds: float) -> None:
         """Start worker `number`; a job that takes longer than `seconds` hangs."""
         self._number, self._seconds = number, seconds
         self._start()
@@ -191,12 +199,11 @@ class Worker:
 
 def start_workers(options: argparse.Namespace) -> list[Worker]:
     """Worker 0 and those that compile references, ready to be asked; our kernels are compiled meanwhile."""
-    seconds = SWEEP_SECONDS if options.sweep else CASE_SECONDS
     has_compiled = any(kind == COMPILED for kind, _ in jobs_of(options))
-    compilers = [Worker(number + 1, seconds) for number in range(options.compilers if has_compiled else 0)]
+    compilers = [Worker(number + 1, options.limit) for number in range(options.compilers if has_compiled else 0)]
     if options.jobs:
         warm_all(options, options.jobs)
-    workers = [Worker(0, seconds), *compilers]
+    workers = [Worker(0, options.limit), *compilers]
     for worker in workers:
         worker.wait()
     return workers
@@ -205,7 +212,7 @@ def start_workers(options: argparse.Namespace) -> list[Worker]:
 def run_jobs(options: argparse.Namespace, workers: list[Worker], keep: Callable[[list[dict[str, Any]]], None]) -> None:
     """Ask for one job after the other; `keep` gets the rows of all cases that there are after each."""
     jobs = [(kind, case.name) for kind, case in jobs_of(options)]
-    first_compiled = sum(kind != COMPILED for kind, _ in jobs)
+    first_compiled = sum(kind == OURS for kind, _ in jobs)
     rows: dict[str, dict[str, Any]] = {}
     began = time.monotonic()
     for index, (kind, name) in enumerate(jobs):

@@ -6,8 +6,8 @@
     PYTHONPATH=src python benchmarks/kernels.py --sweep --only "3B 4 x 4096"   # try the launch sizes, best first
 
 The cases are in kernel_cases_*.py, how one is timed in kernel_timing.py, the processes in kernel_workers.py. Everything is
-first compiled in several processes at once. Then all our kernels are timed one after the other, then the references, then
-torch.compile of them; the JSON file is written after each.
+first compiled in several processes at once. Then all our kernels are timed one after the other, then torch.compile of the
+references, then these themselves; the JSON file is written after each.
 """
 
 import argparse
@@ -77,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--start-when", type=Path, metavar="FILE", help="time nothing before it exists; compile ahead until then"
     )
+    parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="after which a case counts as hung")
     parser.add_argument("--list", action="store_true", help="print the cases' names and floors, time nothing")
     parser.add_argument("--output", type=Path, help="JSON file; results/kernels.json or results/kernel_sweep.json")
     parser.add_argument("--revision", default="", help="recorded instead of what git says")
@@ -94,6 +95,7 @@ def main() -> None:
             print(f"{case.floor_seconds * 1e6:9.1f} us  {case.bytes_moved / 1e9:7.3f} GB  {case.name}")
         return
     workers = start_workers(options)
+    print("ready", flush=True)
     while options.start_when is not None and not options.start_when.exists():
         time.sleep(0.1)
     found = {

@@ -12,6 +12,7 @@ times, whose goal is 1.35 at a length of 4,096 and below 1 at 16,384.
 import argparse
 import itertools
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -66,13 +67,13 @@ def time_pass(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median([seconds_of(run) for _ in range(3 + repeats)][3:])
 
 
-def compare(timed: list[tuple[dict[str, Any], Callable[[], Any]]], time: str, ratio: str) -> None:
+def compare(timed: list[tuple[dict[str, Any], Callable[[], Any]]], kind: str, ratio: str) -> None:
     """Set the last row's ratio to the attention layer of its size and length, and print it."""
     row = timed[-1][0]
     attention = next(r for r, _ in timed if (r["size"], r["length"], r["layer"]) == (row["size"], row["length"], "attention"))
-    row[ratio] = row[time] / attention[time]
+    row[ratio] = row[kind] / attention[kind]
     label = f"{row['size']:5} {row['layer']:10} {row['length']:6,} long"
-    print(f"{label} {row[time] * 1e3:8.3f}  {row[ratio]:6.2f}  {time}", flush=True)
+    print(f"{label} {row[kind] * 1e3:8.3f}  {row[ratio]:6.2f}  {kind}", flush=True)
 
 
 def kernels_of(run: Callable[[], Any], most: int = 12) -> dict[str, float]:
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--start-when", type=Path, metavar="FILE", help="compile, but time nothing before it exists")
     parser.add_argument("--revision", default="", help="if this directory is no git repository")
     parser.add_argument("--out", type=Path, default=Path("results/layers.json"))
     options = parser.parse_args()
@@ -105,10 +107,16 @@ def main() -> None:
     def keep() -> None:
         write_json(options.out, record | {"rows": [row for row, _ in timed]})  # after each: a cut-off loses the rest alone
 
+    chosen = list(itertools.product(options.sizes, options.lengths, LAYERS))
+    passes = [make_pass(kind, size, length) for size, length, kind in chosen]
+    for run in passes:
+        run()
+    print("compiled", flush=True)
+    while options.start_when is not None and not options.start_when.exists():
+        time.sleep(0.1)
     print(f"{'':28}      ms  over attention")
     timed: list[tuple[dict[str, Any], Callable[[], Any]]] = []
-    for size, length, kind in itertools.product(options.sizes, options.lengths, LAYERS):
-        run = make_pass(kind, size, length)
+    for (size, length, kind), run in zip(chosen, passes, strict=True):
         row: dict[str, Any] = {"size": size, "length": length, "layer": kind, "seconds": time_pass(run, options.repeats)}
         timed.append((row, run))
         compare(timed, "seconds", "over_attention")

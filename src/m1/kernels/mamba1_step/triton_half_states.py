@@ -1,10 +1,9 @@
-"""The Mamba-1 step's kernel for SSM states of 16 bits: fewer instructions a state than triton_impl.py's, whose note on tiles
-with fewer elements than threads holds here too.
+"""The Mamba-1 step's kernel for SSM states of 16 bits, which loads all that a program reads before it computes; what
+triton_impl.py says about tiles with fewer elements than threads holds here too.
 
-With half the bytes to move, instructions and the wait for them count: a sequence's slot is a scalar and a row without one
-returns at once, so no load is masked for it; all strides but the slots' and rows' are constants, so that addresses differ by
-immediates; taps and windows are a tile each, which spares sums across lanes. A state takes 26 instructions (sm_90), not 42 as
-triton_impl.py's kernel does with one group a program. That one is ahead with fp32 states of groups of many heads.
+With half the bytes to move, the wait for loads and the number of instructions count. So nothing but a sequence's slot is
+waited for before all of its states, rows and parameters have been asked for; all strides but the slots' and rows' are
+constants, so that addresses differ by immediates; taps and windows are a tile each, which spares sums across lanes.
 """
 
 # mypy: disable-error-code="assignment,var-annotated"
@@ -15,6 +14,15 @@ import triton.language as tl
 
 from m1.kernels.launch import wait_for_previous
 from m1.kernels.triton_math import LOG2E, sigmoid, softplus
+
+
+@triton.jit
+def _parameter(at, exists, IS_GIVEN: tl.constexpr):
+    """A parameter of each channel as fp32, zero where there is none."""
+    if IS_GIVEN:
+        return tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(exists.shape, tl.float32)
 
 
 @triton.jit
@@ -46,60 +54,73 @@ def half_states_kernel(
     n = tl.arange(0, BN)[None, None, :]
     is_group = g < GB if G % GB == 0 else g < G - first  # [GB, 1]
     is_channel = is_group & (row < P)
-    has_element = is_channel[:, :, None] & (n < N)
-    has_narrow = is_group[:, :, None] & (n < N)
-    out_at = y + (sequence * G + first) * (REPEAT * P) + (g * (REPEAT * P) + row)
-    if (slot < 0) | (slot >= num_slots):
-        for member in tl.static_range(REPEAT):
-            tl.store(out_at + member * P, tl.zeros([GB, PB], y.dtype.element_ty), mask=is_channel)
-        return
+    is_element = is_channel[:, :, None] & (n < N)
     source = g * P + row
     channel = g * (REPEAT * P) + row  # of the first member
-    window_at = conv_state + slot * conv_slot + first * (P * conv_channel) + source * conv_channel
-    states_at = ssm_state + slot * ssm_slot + first * (REPEAT * ssm_head)
-    states_at += (g * (REPEAT * ssm_head) + row * ssm_row)[:, :, None] + n * ssm_n
+    window_at = conv_state + first * (P * conv_channel) + source * conv_channel
+    states_at = ssm_state + first * (REPEAT * ssm_head) + ((g * (REPEAT * ssm_head) + row * ssm_row)[:, :, None] + n * ssm_n)
     rates_at = A_log + first * (REPEAT * P * N) + ((channel * N)[:, :, None] + n)
-    dt_at = dt + sequence * dt_row + first * (REPEAT * dt_head) + (g * (REPEAT * dt_head) + row)
-    z_at = z + sequence * z_row + first * (REPEAT * z_head) + (g * (REPEAT * z_head) + row)
-    c_at = C + sequence * c_row + first * (REPEAT * c_head) + ((g * (REPEAT * c_head))[:, :, None] + n)
+    dt_at = dt + first * (REPEAT * dt_head) + (g * (REPEAT * dt_head) + row)
+    z_at = z + first * (REPEAT * z_head) + (g * (REPEAT * z_head) + row)
+    c_at = C + first * (REPEAT * c_head) + ((g * (REPEAT * c_head))[:, :, None] + n)
+    b_at = B + first * b_head + ((g * b_head)[:, :, None] + n)
+    x_at = x + first * x_head + (g * x_head + row)
+    out_at = y + first * (REPEAT * P) + channel
     parameter = first * (REPEAT * P) + channel
-    past = ()
-    for w in tl.static_range(WIDTH - 1):
-        past += (tl.load(window_at + w * conv_place, mask=is_channel, other=0.0),)
-    x_new = tl.load(x + sequence * x_row + first * x_head + (g * x_head + row), mask=is_channel, other=0.0)
-    b_t = tl.load(B + sequence * b_row + first * b_head + ((g * b_head)[:, :, None] + n), mask=has_narrow, other=0.0)
-    b_t = b_t.to(tl.float32)
+
+    place = slot + tl.zeros([1, 1], tl.int64)
+    is_placed = (place >= 0) & (place < num_slots)
+    exists, has_element = is_channel & is_placed, is_element & is_placed[:, :, None]
+    has_narrow = is_group[:, :, None] & (n < N) & is_placed[:, :, None]
+    states, steps, gates, readouts, past = (), (), (), (), ()
     for member in tl.static_range(REPEAT):
-        h = tl.load(states_at + member * ssm_head, mask=has_element, other=0.0).to(tl.float32)
-        rate = tl.load(rates_at + member * (P * N), mask=has_element, other=0.0).to(tl.float32)
-        delta = tl.load(dt_at + member * dt_head, mask=is_channel, other=0.0).to(tl.float32)
-        gate = tl.load(z_at + member * z_head, mask=is_channel, other=0.0).to(tl.float32)
-        c_t = tl.load(c_at + member * c_head, mask=has_narrow, other=0.0).to(tl.float32)
+        states += (tl.load(states_at + slot * ssm_slot + member * ssm_head, mask=has_element, other=0.0),)
+    for w in tl.static_range(WIDTH - 1):
+        past += (tl.load(window_at + slot * conv_slot + w * conv_place, mask=exists, other=0.0),)
+    for member in tl.static_range(REPEAT):
+        steps += (tl.load(dt_at + sequence * dt_row + member * dt_head, mask=exists, other=0.0),)
+        gates += (tl.load(z_at + sequence * z_row + member * z_head, mask=exists, other=0.0),)
+        readouts += (tl.load(c_at + sequence * c_row + member * c_head, mask=has_narrow, other=0.0),)
+    x_new = tl.load(x_at + sequence * x_row, mask=exists, other=0.0)
+    b_t = tl.load(b_at + sequence * b_row, mask=has_narrow, other=0.0)
+    rates, taps, biases, skips, offsets = (), (), (), (), ()
+    for member in tl.static_range(REPEAT):
+        rates += (tl.load(rates_at + member * (P * N), mask=is_element, other=0.0),)
         if member == 0 or OWN_FILTERS:
             filtered = parameter + member * P if OWN_FILTERS else first * P + source
-            taps = conv_weight + filtered * WIDTH
-            x_t = x_new.to(tl.float32) * tl.load(taps + (WIDTH - 1), mask=is_channel, other=0.0).to(tl.float32)
+            of_filter = ()
+            for w in tl.static_range(WIDTH):
+                of_filter += (_parameter(conv_weight + filtered * WIDTH + w, is_channel, True),)
+            taps += (of_filter,)
+            biases += (_parameter(conv_bias + filtered, is_channel, HAS_CONV_BIAS),)
+        offsets += (_parameter(dt_bias + parameter + member * P, is_channel, HAS_BIAS),)
+        skips += (_parameter(D + parameter + member * P, is_channel, HAS_D),)
+    decays = ()
+    for member in tl.static_range(REPEAT):
+        decays += (tl.exp2(rates[member].to(tl.float32) * LOG2E),)
+
+    b_t = b_t.to(tl.float32)
+    for member in tl.static_range(REPEAT):
+        if member == 0 or OWN_FILTERS:
+            x_t = x_new.to(tl.float32) * taps[member][WIDTH - 1] + biases[member]
             for w in tl.static_range(WIDTH - 1):
-                x_t += past[w].to(tl.float32) * tl.load(taps + w, mask=is_channel, other=0.0).to(tl.float32)
-            if HAS_CONV_BIAS:
-                x_t += tl.load(conv_bias + filtered, mask=is_channel, other=0.0).to(tl.float32)
+                x_t += past[w].to(tl.float32) * taps[member][w]
             if SILU:
                 x_t *= sigmoid(x_t)
             x_t = x_t.to(x.dtype.element_ty).to(tl.float32)  # rounded as between separate ops
-        if HAS_BIAS:
-            delta += tl.load(dt_bias + parameter + member * P, mask=is_channel, other=0.0).to(tl.float32)
+        delta = steps[member].to(tl.float32) + offsets[member]
         if SOFTPLUS:
             delta = softplus(delta)
-        h = tl.exp2((delta * -LOG2E)[:, :, None] * tl.exp2(rate * LOG2E)) * h + (delta * x_t)[:, :, None] * b_t
-        out = tl.sum(h * c_t, axis=2)
-        if HAS_D:
-            out += tl.load(D + parameter + member * P, mask=is_channel, other=0.0).to(tl.float32) * x_t
-        tl.store(out_at + member * P, (out * gate * sigmoid(gate)).to(y.dtype.element_ty), mask=is_channel)
-        if IS_SMALL:
-            tl.debug_barrier()
-        tl.store(states_at + member * ssm_head, h.to(ssm_state.dtype.element_ty), mask=has_element)
-    tl.debug_barrier()
+        h = states[member].to(tl.float32)
+        h = tl.exp2((delta * -LOG2E)[:, :, None] * decays[member]) * h + (delta * x_t)[:, :, None] * b_t
+        out = tl.sum(h * readouts[member].to(tl.float32), axis=2) + skips[member] * x_t
+        gate = gates[member].to(tl.float32)
+        out = tl.where(exists, out * gate * sigmoid(gate), 0.0).to(y.dtype.element_ty)
+        tl.store(out_at + sequence * (G * REPEAT * P) + member * P, out, mask=is_channel)
+        tl.debug_barrier()
+        tl.store(states_at + slot * ssm_slot + member * ssm_head, h.to(ssm_state.dtype.element_ty), mask=has_element)
     for w in tl.static_range(1, WIDTH - 1):
-        tl.store(window_at + (w - 1) * conv_place, past[w], mask=is_channel)
+        tl.store(window_at + slot * conv_slot + (w - 1) * conv_place, past[w], mask=exists)
     if WIDTH > 1:
-        tl.store(window_at + (WIDTH - 2) * conv_place, x_new.to(conv_state.dtype.element_ty), mask=is_channel)
+        newest_at = window_at + slot * conv_slot + (WIDTH - 2) * conv_place
+        tl.store(newest_at, x_new.to(conv_state.dtype.element_ty), mask=exists)

@@ -26,16 +26,20 @@ from m1.kernels.triton_math import LOG2E, sigmoid, softplus
 
 
 class StepConfig(NamedTuple):
-    """Groups a program, its warps, and the most registers a thread (None: as many as the compiler likes)."""
+    """Groups a program, its warps, the most registers a thread (None: as many as the compiler likes), the most channels of a
+    head a program, and whether all is loaded before anything is computed.
+    """
 
     groups: int = 2
     num_warps: int = 1
     max_registers: int | None = None
+    channels: int = 64
+    loads_first: bool = False
 
 
 def choose_config(state_dtype: torch.dtype) -> StepConfig:
     """The launch for SSM states of that dtype."""
-    return StepConfig(groups=1 if state_dtype.itemsize == 2 else 2)
+    return StepConfig(loads_first=state_dtype.itemsize == 2)
 
 
 @torch.no_grad()
@@ -71,9 +75,9 @@ def mamba1_step(
     D, dt_bias, conv_bias = (None if p is None else p.contiguous() for p in (D, dt_bias, conv_bias))
     y = torch.empty(n, H, P, dtype=x.dtype, device=x.device)
     block_n = triton.next_power_of_2(N)
-    rows = min(triton.next_power_of_2(P), max(1024 // block_n, 1))
+    rows = min(triton.next_power_of_2(P), config.channels, max(1024 // block_n, 1))
     kernel, sizes = half_states_kernel, {}
-    if ssm_state.element_size() != 2:
+    if not config.loads_first:
         kernel, sizes = _step_kernel, {"BW": triton.next_power_of_2(max(width - 1, 1))}
     grid = (triton.cdiv(G, config.groups) * triton.cdiv(P, rows), n)
     with torch.cuda.device_of(x):
