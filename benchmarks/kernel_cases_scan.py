@@ -295,13 +295,13 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
     def default_step() -> Any:
         from m1.kernels.mamba1_step.triton_impl import choose_config
 
-        return choose_config(state_dtype)
+        return choose_config(state_dtype, heads // groups, D_STATE)
 
-    def configured(groups: int, channels: int, loads_first: bool) -> Callable[[], Calls]:
+    def configured(groups: int, channels: int) -> Callable[[], Calls]:
         def builder() -> Calls:
             from m1.kernels.mamba1_step.triton_impl import StepConfig
 
-            return step(StepConfig(groups, channels=channels, loads_first=loads_first))
+            return step(StepConfig(groups, channels=channels))
 
         return builder
 
@@ -319,8 +319,8 @@ def _update_cases(model: str, state_dtype: torch.dtype) -> list[ScanCase]:
             reference_step,
             exponentials=BATCH * inner * (2 * D_STATE + 4), build_with=step, default=default_step,
             sweep={
-                f"groups={groups} channels={channels} loads_first={first}": configured(groups, channels, first)
-                for first, groups, channels in itertools.product((True, False), (1, 2, 4), (4, 8, 16))
+                f"groups={groups} channels={channels}": configured(groups, channels)
+                for groups, channels in itertools.product((1, 2, 4), (4, 8, 16))
                 if 8 <= groups * channels <= 32
             },
         ),

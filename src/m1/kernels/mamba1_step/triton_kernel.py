@@ -1,9 +1,12 @@
-"""The Mamba-1 step's kernel for SSM states of 16 bits, which loads all that a program reads before it computes; what
-triton_impl.py says about tiles with fewer elements than threads holds here too.
+"""The kernel of the Mamba-1 step: it loads all that a program reads before it computes.
 
-With half the bytes to move, the wait for loads and the number of instructions count. So nothing but a sequence's slot is
-waited for before all of its states, rows and parameters have been asked for; all strides but the slots' and rows' are
-constants, so that addresses differ by immediates; taps and windows are a tile each, which spares sums across lanes.
+The wait for loads and the number of instructions count here as much as bytes do. So nothing but a sequence's slot is waited
+for before all of its states, rows and parameters have been asked for; all strides but the slots' and rows' are constants, so
+that addresses differ by immediates; taps and windows are a tile each, which spares sums across lanes.
+
+A tile may have fewer elements than the program has threads. Then several threads hold the same element: all of them load
+it, one of them stores it, and nothing orders the store of one after the load of another. So states are loaded before a
+barrier and stored after it.
 """
 
 # mypy: disable-error-code="assignment,var-annotated"
@@ -26,7 +29,7 @@ def _parameter(at, exists, IS_GIVEN: tl.constexpr):
 
 
 @triton.jit
-def half_states_kernel(
+def step_kernel(
     conv_state, ssm_state, z, x, B, C, dt, conv_weight, conv_bias, A_log, D, dt_bias, slots, y,
     conv_slot, conv_channel: tl.constexpr, conv_place: tl.constexpr,
     ssm_slot, ssm_head: tl.constexpr, ssm_row: tl.constexpr, ssm_n: tl.constexpr, num_slots,
@@ -35,7 +38,7 @@ def half_states_kernel(
     G: tl.constexpr, REPEAT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     GB: tl.constexpr, PB: tl.constexpr, OWN_FILTERS: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
-    SILU: tl.constexpr, SOFTPLUS: tl.constexpr, IS_SMALL: tl.constexpr, IS_CHAINED: tl.constexpr,
+    SILU: tl.constexpr, SOFTPLUS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of GB groups x blocks of PB rows, sequences); tiles [GB, PB, BN].
 
