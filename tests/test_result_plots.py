@@ -10,6 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import accuracy_against_time
+import kernel_table
 import measured_plot
 import metrics_plot
 import numpy as np
@@ -123,3 +124,16 @@ def test_a_picture_of_metrics_that_are_not_there(tmp_path, capsys, options, word
     with pytest.raises(SystemExit):
         metrics_plot.main([f"a={run}", *options, "--out", str(tmp_path / "x.svg")])
     assert words in capsys.readouterr().err
+
+
+def test_the_docs_quote_the_kernels_results():
+    root = Path(__file__).parent.parent
+    if not (root / "results" / "kernels.json").exists():
+        pytest.skip("a checkout without results/")
+    rows = json.loads((root / "results" / "kernels.json").read_text(encoding="utf-8"))["cases"]
+    names = {row["name"] for row in rows}
+    lines = (root / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line for line in lines if line.removeprefix("| ").split(" | ")[0] in names]
+    assert len(quoted) > 50
+    assert set(quoted) <= set(kernel_table.table(rows, []).splitlines())
+    assert len(kernel_table.table(rows, ["causal_conv1d 0.5B", "0.5B 896"]).splitlines()) == 2 + 2  # each case once
