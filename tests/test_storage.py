@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from m1 import storage
 
@@ -96,3 +98,17 @@ def test_a_copy_without_git_says_of_which_revision_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("M1_REVISION", "0123456789ab")
     storage.write_run_record(tmp_path, "eval", {})
     assert storage.read_run_record(tmp_path)["revision"] == "0123456789ab"
+
+
+def test_models_that_differ_in_one_small_tensor_are_told_apart(tmp_path):
+    """As after a training with frozen embeddings: both ends of the file are what they were."""
+    tensors = {name: torch.randn(400_000) for name in ("embed", "lm_head")}
+    for name, norm in (("before", 1.0), ("after", 1.001), ("copy", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_file(tensors | {"layers.0.norm": torch.full((8,), norm)}, tmp_path / name / "model.safetensors")
+    before, after, copy = (storage.weights_fingerprint(tmp_path / name) for name in ("before", "after", "copy"))
+    assert before == copy != after
+    (tmp_path / "copy" / "config.json").write_text('{"rope_theta": 1}')
+    assert storage.weights_fingerprint(tmp_path / "copy") != before
+    assert storage.weights_fingerprint("owner/name") is None

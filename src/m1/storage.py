@@ -1,5 +1,6 @@
-"""Directories that appear whole or not at all, run records, and room for them on disk and in memory. No torch here."""
+"""Directories that appear whole or not at all, run records, what tells models apart, room on disk and in memory. No torch."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,3 +174,23 @@ def require_memory(num_bytes: int, purpose: str) -> None:
     available = available_memory()
     if available is not None and available < num_bytes:
         raise MemoryError(f"{purpose} needs about {num_bytes / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are available")
+
+
+def weights_fingerprint(directory: str | Path) -> str | None:
+    """A hash of a model directory's config and of its weights, 16 hexadecimal digits; None where there are none (a hub name).
+
+    Every byte is read, a thread a file: models of one training differ in a few tensors only, which may be small.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        return None
+    files += Path(directory).glob("config.json")
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        hashes = threads.map(_hash_of_file, files)
+        parts = [f"{path.name} {content}" for path, content in zip(files, hashes, strict=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,21 +1,19 @@
 """From a command's options to a model that can be sampled: loads it, or finds its server, and says what it is."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m1.config import EvalConfig, SamplingConfig, SolveConfig, require
 from m1.evaluation.sampling import Generate, Prompt, SampleRequest, Watch
+from m1.storage import weights_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from m1.engine.llm import Engine
 
-_FINGERPRINT_BYTES = 1 << 20  # read from either end of each weights file
 # Under a deadline samples must end in time: few enough at once that each is nearly as fast as it would be alone.
 _ENGINE_CONCURRENCY_IN_TIME = {"cpu": 8, "cuda": 128}
 _DEFAULT_CONCURRENCY = {"transformers": 16, "server": 16, "vllm": 256}
@@ -72,7 +70,7 @@ def open_backend(config: SolveConfig | EvalConfig, texts: Sequence[str] = (), *,
         opened = _open_engine(config, texts, has_deadline)
     else:
         opened = {"transformers": _open_transformers, "vllm": _open_vllm}[config.backend](config)
-    opened.identity = {"model": config.model, "backend": config.backend, "weights": fingerprint(config.model)}
+    opened.identity = {"model": config.model, "backend": config.backend, "weights": weights_fingerprint(config.model)}
     opened.identity |= _engine_options(config)
     return opened
 
@@ -81,21 +79,6 @@ def _engine_options(config: SamplingConfig) -> dict[str, str]:
     """What makes the engine's arithmetic another one than by default."""
     options = {"quantization": (config.quantization, "none"), "state_dtype": (config.state_dtype, "float32")}
     return {name: value for name, (value, default) in options.items() if value != default}
-
-
-def fingerprint(model: str) -> str | None:
-    """A hash of a model directory's config and of both ends of its weights files; None for a hub name."""
-    directory = Path(model)
-    if not directory.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_FINGERPRINT_BYTES))
-            file.seek(max(0, path.stat().st_size - _FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from m1.config import DistillConfig, require
 from m1.distributed import local_device
 from m1.modeling import M1Config, M1ForCausalLM
 from m1.modeling.loading import load_config, load_model, load_tokenizer
+from m1.storage import weights_fingerprint
 from m1.training.command import parameter_bytes, read_documents, run_training
 from m1.training.loop import Step, TrainResult, autocast, backpropagate, mean_over_targets, train
 from m1.training.losses import Divergence, head_loss, target_states
@@ -19,7 +20,7 @@ from m1.training.optimizer import select_trainable
 from m1.training.packing import BatchStream, Document, PackedBatch, best_fit, pack
 from m1.training.run_directory import RunDirectory
 from m1.training.sharding import shard_model
-from m1.training.teacher_cache import CachedBatch, CachedTeacher, TeacherCache, fingerprint
+from m1.training.teacher_cache import CachedBatch, CachedTeacher, TeacherCache
 from m1.training.top_k import TopKDivergence
 
 
@@ -141,7 +142,8 @@ def load_teacher(config: Any) -> M1ForCausalLM:
 def open_cache(config: DistillConfig, documents: Sequence[Document]) -> CachedTeacher:
     """What speaks for the config's teacher from `teacher_cache`. Raises OSError if what is missing there will find no room."""
     of_teacher = load_config(config.teacher)
-    facts = {"teacher": fingerprint(config.teacher), "vocab_size": of_teacher.vocab_size, "temperature": config.temperature}
+    identity = weights_fingerprint(config.teacher) or config.teacher
+    facts = {"teacher": identity, "vocab_size": of_teacher.vocab_size, "temperature": config.temperature}
     cache = TeacherCache(config.teacher_cache, facts | {"top_k": min(config.teacher_top_k, of_teacher.vocab_size)})
     options: dict[str, Any] = {"temperature": config.temperature, "precision": config.precision}
     teacher = CachedTeacher(lambda: load_teacher(config), of_teacher, cache, **options)

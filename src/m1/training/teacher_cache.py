@@ -32,7 +32,6 @@ from m1.training.top_k import TopK, TopKRecorder
 
 DESCRIPTION = "cache.json"
 _ENTRY = np.dtype([("hash", "V16"), ("first", "<i8"), ("count", "<i8")])
-_EDGE = 2**18  # bytes at the beginning and at the end of a file of weights: any training changes them
 _PARTS = ("ids", "log_probs", "tails")
 
 
@@ -207,18 +206,6 @@ def _is_locked(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def fingerprint(source: str) -> str:
-    """What tells one teacher from another: a hub name as it is; of a directory, a hash of its weights' sizes and edges."""
-    digest = hashlib.blake2b(digest_size=8)
-    files = sorted(Path(source).glob("*.safetensors"))
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(_EDGE))
-            file.seek(max(0, path.stat().st_size - _EDGE))
-            digest.update(file.read())
-    return digest.hexdigest() if files else source
 
 
 def hash_of(document: Document) -> bytes:
