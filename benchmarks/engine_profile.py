@@ -26,7 +26,7 @@ CLASSES = {
     "norm": r"_norm_kernel",
     "rope and cache writes": r"_rope|_write_kernel|_rotary",
     "activation": r"_forward_kernel|_swiglu|_quantize",
-    "products": r"_product_kernel|gemm|nvjet|cutlass|xmma|splitk|gemv|cublas|sm90|sm80|_mm_|matmul",
+    "products": r"product_kernel|bulk_kernel|gemm|nvjet|cutlass|xmma|splitk|gemv|cublas|sm90|sm80|_mm_|matmul",
     "copies": r"memcpy|memset",
 }
 

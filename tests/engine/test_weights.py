@@ -8,9 +8,10 @@ import torch
 from m1.engine import SamplingParams, few_tokens, parts
 from m1.engine.merging import MergedAttention, MergedMLP
 from m1.engine.packing import PackedLinear, can_pack
+from m1.engine.weights import sampling_copy
 from m1.modeling import M1ForCausalLM
-from tests.engine.models import random_prompts, tiny_engine, tiny_model
-from tests.numerics import REL_RMS, rel_rms
+from tests.engine.models import FULL, LINEAR, random_prompts, tiny_engine, tiny_model
+from tests.numerics import FP8_QUANTIZED, REL_RMS, rel_rms
 
 PROMPTS = random_prompts((3, 9, 20))
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -209,3 +210,30 @@ def test_weights_of_the_engines_own_are_packed_and_shared_ones_are_not():
     assert isinstance(copied.lm_head, PackedLinear) == can_pack(copied.model.embed_tokens.weight)
     assert not copied.training
     assert isinstance(tiny_model().lm_head, torch.nn.Linear)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_products_of_few_tokens_at_model_sizes(is_quantized: bool) -> None:
+    """Layers of M1-3B's sizes: a prompt's first tokens get alone, by products that stream and leave parts, what they get among
+    more tokens, by those that do neither."""
+    sizes = {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    kinds = {"num_hidden_layers": 2, "layer_types": [LINEAR, FULL], "initializer_range": 0.02, "max_position_embeddings": 256}
+    with torch.device("cuda"):
+        model = sampling_copy(tiny_model(**sizes, **kinds), torch.bfloat16, is_quantized)
+        ids = torch.randint(0, 256, (1, 200))
+        x = torch.randn(128, 3072, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert isinstance(model.model.layers[0].mlp(x), parts.Parts)
+        expected = model.model(ids, use_cache=False).last_hidden_state
+        for num_tokens in (1, 32, 33, 100, 128):
+            found = model.model(ids[:, :num_tokens], use_cache=False).last_hidden_state
+            # Numbers that differ in their last bits are rounded to other ones of eight bits, layer after layer.
+            tolerance = 4 * FP8_QUANTIZED if is_quantized else REL_RMS[torch.bfloat16]
+            assert rel_rms(found, expected[:, :num_tokens]) < tolerance, num_tokens

@@ -156,15 +156,19 @@ def test_quantizing_kernels(shape: tuple[int, int], kernel: ModuleType, device: 
             assert rel_rms(summed[0], expected_sum[0]) < REL_RMS[dtype]
 
 
+@pytest.mark.parametrize("is_bulk", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("num_tokens", "width", "num_outputs"), [(1, 32, 16), (5, 80, 48), (17, 160, 32)])
-def test_few_token_product(num_tokens: int, width: int, num_outputs: int, splits: int, kernel: ModuleType, device: str) -> None:
-    from m1.kernels.decode_linear.triton_product import ProductConfig, few_token_product
+def test_few_token_product(
+    num_tokens: int, width: int, num_outputs: int, splits: int, is_bulk: bool, kernel: ModuleType, device: str
+) -> None:
+    from m1.kernels.decode_linear.triton_launch import few_token_product
+    from m1.kernels.decode_linear.triton_product import ProductConfig
 
     pair = x, _, weight, _ = quantized_pair(num_tokens, width, num_outputs, device)
     scales = pair[1], pair[3]
     bias = torch.randn(num_outputs, device=device)
-    config = ProductConfig(64 if device == "cuda" else 16, 32, splits)
+    config = ProductConfig(64 if device == "cuda" else 16, 32, splits, is_bulk=is_bulk)
     for own in (bias, None):  # twice: the counters must be zero again
         expected = reference.fp8_linear(*pair, own, torch.float32)
         y = few_token_product(x, weight, own, torch.float32, config, scales=scales)
@@ -176,12 +180,23 @@ def test_few_token_product(num_tokens: int, width: int, num_outputs: int, splits
 
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_norms_of_parts(num_parts: int, kernel: ModuleType, device: str) -> None:
+    check_norms_of_parts(kernel, num_parts, 7, 200, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize(("num_tokens", "width"), [(1, 3072), (32, 3072), (128, 3072), (128, 896), (33, 576)])
+def test_norms_of_parts_at_model_sizes(num_tokens: int, width: int, num_parts: int, kernel: ModuleType) -> None:
+    check_norms_of_parts(kernel, num_parts, num_tokens, width, "cuda")
+
+
+def check_norms_of_parts(kernel: ModuleType, num_parts: int, num_tokens: int, width: int, device: str) -> None:
     from m1.kernels.norm import reference as norm_reference
     from m1.kernels.norm import triton_impl as norm
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    parts = torch.randn(num_parts, 7, 200, device=device)
-    residual, weight = random_rows(7, 200, dtype, device), 1 + 0.3 * torch.randn(200, device=device)
+    parts = torch.randn(num_parts, num_tokens, width, device=device)
+    residual, weight = random_rows(num_tokens, width, dtype, device), 1 + 0.3 * torch.randn(width, device=device)
     y, summed = norm.rms_norm_of_parts(parts, weight, 1e-5, residual)
     expected, expected_sum = norm_reference.rms_norm_of_parts(parts, weight, 1e-5, residual)
     assert y.dtype == summed.dtype == dtype

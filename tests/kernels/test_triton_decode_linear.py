@@ -11,6 +11,7 @@ from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
 
 pytest.importorskip("triton")
 from m1.kernels.decode_linear import triton_impl as kernel
+from m1.kernels.decode_linear.triton_bulk import can_copy_in_bulk
 
 TOLERANCE = {torch.float32: REL_RMS_KERNEL_FP32, torch.bfloat16: REL_RMS[torch.bfloat16]}
 
@@ -55,6 +56,22 @@ def test_products_at_model_sizes(num_tokens, dtype):
 @pytest.mark.parametrize("config", [kernel.ProductConfig(64, 64, 5, 4, 3, 512), kernel.ProductConfig(128, 64, 1, 8, 3)])
 def test_other_launches(config):
     check_products(33, 1030, 3072, config, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 33, 128])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_bulk_copies_give_the_same_bits(num_tokens, splits):
+    """Of tiles that are not full, of rows that lie apart; alone, as pair and in parts."""
+    x, weight, bias = make_inputs(num_tokens, 1030, 3072, torch.bfloat16, "cuda")
+    config = kernel.ProductConfig(64, 64, splits, 4, 4, 256)
+    in_bulk = config._replace(is_bulk=True)
+    assert can_copy_in_bulk(x, weight)
+    for own in (None, bias):
+        for op in (kernel.decode_linear, kernel.decode_swiglu, kernel.decode_linear_parts):
+            for _ in range(2):
+                assert torch.equal(op(x, weight, own, in_bulk), op(x, weight, own, config))
+    check_products(num_tokens, 1030, 3072, in_bulk, torch.bfloat16, "cuda")
 
 
 def check_products(num_tokens, num_outputs, width, config, dtype, device):

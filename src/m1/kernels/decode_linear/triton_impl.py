@@ -1,9 +1,10 @@
-"""Products of few tokens on a GPU in the model's own dtype: sizes of the launches. The kernel is in triton_product.py."""
+"""Products of few tokens on a GPU in the model's own dtype: sizes of the launches, by triton_launch.py."""
 
 import torch
 from torch import Tensor
 
-from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig, few_token_product
+from m1.kernels.decode_linear.triton_launch import few_token_product
+from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig
 from m1.kernels.launch import cdiv, num_multiprocessors, with_unit_stride
 
 

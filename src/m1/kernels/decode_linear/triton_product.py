@@ -1,4 +1,5 @@
-"""The product of few tokens with a weight: the kernel, for 16-bit numbers and for 8-bit ones with scales.
+"""The product of few tokens with a weight: the kernel, for 16-bit numbers and for 8-bit ones with scales. Launched from
+triton_launch.py.
 
 y[t, n] = Σ_k x[t, k] · w[n, k], times x_scale[t] · w_scale[n] for 8-bit numbers. A program owns a tile of output channels, all
 tokens, and one split of k. The weight's tile is the first operand of the tensor-core product, whose first side is at least 64
@@ -17,26 +18,20 @@ Floors on an H100 at 3.0 TB/s, M1-3B: gate and up in bf16 101 MB, 33.6 µs; all 
 3.5 GB, 1.15 ms.
 """
 
-import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m1.kernels.launch import chaining, dot_dtype
-
-MAX_TILES = 2**14
 AHEAD = 512  # bytes of each row that are best brought to the L2 cache ahead, as measured on an H100 between 0 and 4,096
 LINE = 128  # bytes, of the L2 cache
 LINE_BITS = tl.constexpr(8 * LINE)
 
 
 class ProductConfig(NamedTuple):
-    """Output channels a tile, a loop iteration's k, splits of k, warps, pipeline stages, and the columns of k that a program
-    has brought to the L2 cache before x is there (0 for none)."""
+    """Output channels a tile, a loop iteration's k, splits of k, warps, pipeline stages, the columns of k that a program has
+    brought to the L2 cache before x is there (0 for none), and whether its tiles come as bulk copies (triton_bulk.py)."""
 
     block_n: int
     block_k: int
@@ -44,16 +39,11 @@ class ProductConfig(NamedTuple):
     num_warps: int = 4
     num_stages: int = 4
     num_ahead: int = 0
-
-
-@functools.cache
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """Zeros, which every launch leaves as zeros; one for each stream, whose launches follow one another."""
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    is_bulk: bool = False
 
 
 @triton.jit
-def _fetch(w_ptr, n, N, K, begin, count, LINES: tl.constexpr, LINE_SIZE: tl.constexpr):
+def fetch_lines(w_ptr, n, N, K, begin, count, LINES: tl.constexpr, LINE_SIZE: tl.constexpr):
     """Ask for `count` columns of rows n from `begin` on to be brought into the L2 cache; nobody waits for them."""
     columns = tl.arange(0, LINES) * LINE_SIZE
     place = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + begin + columns[None, :]
@@ -78,7 +68,7 @@ def _sum_splits(total, partial_at, counter_at, split, splits, SIZE: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["T", "splits", "ahead"])
-def _product_kernel(
+def product_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, x_stride, T, N, K, splits, ahead,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_SPLIT: tl.constexpr, IS_EVEN: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_PAIR: tl.constexpr, LEAVES_PARTS: tl.constexpr,
@@ -100,9 +90,9 @@ def _product_kernel(
         if AHEAD_LINES > 0:
             line: tl.constexpr = LINE_BITS // w_ptr.dtype.element_ty.primitive_bitwidth  # its columns
             count = tl.minimum(end - begin, ahead)
-            _fetch(w_ptr, n, N, K, begin, count, AHEAD_LINES, line)
+            fetch_lines(w_ptr, n, N, K, begin, count, AHEAD_LINES, line)
             if IS_PAIR:
-                _fetch(up_ptr, n, N, K, begin, count, AHEAD_LINES, line)
+                fetch_lines(up_ptr, n, N, K, begin, count, AHEAD_LINES, line)
         gdc_wait()
 
     inside = tl.arange(0, BK)
@@ -164,49 +154,3 @@ def _product_kernel(
         y_ptr += split.to(tl.int64) * T * N
     y_at = y_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
-
-
-def few_token_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    config: ProductConfig,
-    *,
-    scales: tuple[Tensor, Tensor] | None = None,
-    is_pair: bool = False,
-    leaves_parts: bool = False,
-    is_chained: bool = True,
-) -> Tensor:
-    """x [T, K] · weightᵀ [N, K] + bias, times scales ([T, 1], [N, 1] fp32) of 8-bit numbers.
-
-    is_pair: swiglu of the halves. leaves_parts: [splits, T, N], whose sum is the product. is_chained: begin before the kernel
-    ahead has ended, where the GPU knows how.
-    """
-    num_tokens, width = x.shape
-    num_outputs = weight.shape[0] // 2 if is_pair else weight.shape[0]
-    tiles = triton.cdiv(num_outputs, config.block_n)
-    block_t = max(triton.next_power_of_2(num_tokens), 16)
-    is_summing = config.splits > 1 and not leaves_parts
-    shape = (config.splits, num_tokens, num_outputs) if leaves_parts else (num_tokens, num_outputs)
-    y = torch.empty(shape, dtype=out_dtype, device=x.device)
-    partial = counters = None
-    if is_summing:
-        assert tiles <= MAX_TILES
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        counters = _counters(x.device, stream)
-        room = (1 + is_pair, tiles, config.splits, config.block_n, block_t)
-        partial = torch.empty(room, dtype=torch.float32, device=x.device)
-    x_scale, w_scale = scales or (None, None)
-    ahead_lines = triton.cdiv(config.num_ahead * weight.element_size(), LINE)
-    with torch.cuda.device_of(x):
-        _product_kernel[(tiles, config.splits)](
-            x, x_scale, weight, w_scale, bias, y, partial, counters,
-            x.stride(0), num_tokens, num_outputs, width, config.splits, config.num_ahead,
-            BT=block_t, BN=config.block_n, BK=config.block_k,
-            IS_SPLIT=is_summing, IS_EVEN=width % config.block_k == 0, HAS_SCALE=scales is not None,
-            HAS_BIAS=bias is not None, IS_PAIR=is_pair, LEAVES_PARTS=leaves_parts,
-            AHEAD_LINES=triton.next_power_of_2(ahead_lines) if ahead_lines else 0, DOT=dot_dtype(x.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages, **chaining(x.device, is_chained),
-        )  # fmt: skip
-    return y

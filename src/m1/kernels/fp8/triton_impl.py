@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from m1.kernels.decode_linear import MAX_TOKENS
-from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig, few_token_product
+from m1.kernels.decode_linear.triton_launch import few_token_product
+from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig
 from m1.kernels.launch import as_rows, cdiv, chaining, num_multiprocessors, wait_for_previous
 from m1.kernels.triton_math import sigmoid
 
