@@ -12,6 +12,7 @@ from tests.numerics import REL_RMS, REL_RMS_KERNEL_FP32, rel_rms
 pytest.importorskip("triton")
 from m1.kernels.decode_linear import triton_impl as kernel
 from m1.kernels.decode_linear.triton_bulk import can_copy_in_bulk
+from m1.kernels.fp8 import triton_impl as fp8_kernel
 
 TOLERANCE = {torch.float32: REL_RMS_KERNEL_FP32, torch.bfloat16: REL_RMS[torch.bfloat16]}
 
@@ -85,6 +86,23 @@ def check_products(num_tokens, num_outputs, width, config, dtype, device):
         assert parts.dtype == torch.float32
         assert config is None or len(parts) == config.splits
         assert rel_rms(parts.sum(0), wide) < TOLERANCE[dtype]
+
+
+def test_products_of_many_rows_come_in_bulk():
+    """Those of M1-3B that were measured to be faster so."""
+    shapes = {"in": (8384, 3072), "out": (3072, 3072), "down": (3072, 8192), "head": (128256, 3072), "step sizes": (3072, 192)}
+    for tokens, expected in (
+        (32, set()),
+        (64, set()),
+        (65, {"in", "out", "down", "head"}),
+        (128, {"in", "out", "down", "head"}),
+    ):
+        found = {name for name, shape in shapes.items() if kernel.choose_config(tokens, *shape, 132, False).is_bulk}
+        assert found == expected
+        assert kernel.choose_config(tokens, 8192, 3072, 132, True).is_bulk == (tokens > 64)
+        in_8_bits = {name for name, shape in shapes.items() if fp8_kernel.choose_config(tokens, *shape, 132, True).is_bulk}
+        assert in_8_bits == expected - {"down"}
+    assert not kernel.choose_config(128, 8384, 3072, 132, False, 4).is_bulk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m1.kernels.decode_linear import MAX_TOKENS
 from m1.kernels.decode_linear.triton_launch import few_token_product
-from m1.kernels.decode_linear.triton_product import AHEAD, ProductConfig
+from m1.kernels.decode_linear.triton_product import AHEAD, LEAST_WIDTH_IN_BULK, ProductConfig
 from m1.kernels.launch import as_rows, cdiv, chaining, num_multiprocessors, wait_for_previous
 from m1.kernels.triton_math import sigmoid
 
@@ -145,20 +145,22 @@ def choose_config(
     """A product's launch from shapes alone: as much of k in flight as fits (best of sweeps over M1-3B's shapes).
 
     k is split only where there are few tiles and each has a long way to go, sooner where nobody has to add the parts up here.
+    With more than 64 tokens tiles come as bulk copies, but for the longest.
     """
     tiles, is_small = cdiv(num_outputs, 64), num_tokens <= 32
     splits = 2 if 2 * tiles <= multiprocessors and width >= (3072 if leaves_parts else 8192) else 1
+    is_bulk = num_tokens > 64 and width >= LEAST_WIDTH_IN_BULK
     if num_tokens > 64 and tiles > 4 * multiprocessors:  # wider tiles read the tokens less often
-        return ProductConfig(128, 128, 1, 8, 6, AHEAD)
+        return ProductConfig(128, 128, 1, 8, 6, AHEAD, is_bulk)
     if not is_small and splits > 1 and width < 8192:
-        return ProductConfig(64, 128, splits, 8, 6, AHEAD)
+        return ProductConfig(64, 128, splits, 8, 6, AHEAD, is_bulk)
     if tiles > multiprocessors:
         block_k, num_stages = (256, 4) if is_small else (128, 4)
     elif is_small:
         block_k, num_stages = (512, 3) if splits > 1 and width // splits % 512 == 0 else (256, 6)
     else:
         block_k, num_stages = (256, 3) if 2 * tiles <= multiprocessors else (128, 6)
-    return ProductConfig(64, block_k, splits, 4, num_stages, AHEAD)
+    return ProductConfig(64, block_k, splits, 4, num_stages, AHEAD, is_bulk and block_k < 256)
 
 
 def fp8_linear(
