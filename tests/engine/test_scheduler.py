@@ -370,6 +370,21 @@ def test_a_busy_house_lets_prompts_in_together(interval: int) -> None:
     assert min(gap for gap, _ in gaps) < max(interval, 2)  # at the beginning, and when two are free
 
 
+@pytest.mark.parametrize(("budget", "expected"), [(36, [5, 8, 11, 14, 16]), (60, [8, 14, 16])])
+def test_prompts_that_a_step_has_no_room_for_start_in_the_next(budget: int, expected: list[int]) -> None:
+    """Also when only one of eight places is free by then: all are taken in as few steps as the prompts' tokens need."""
+    house = House(Sizes(max_num_seqs=16, num_pages=200, max_num_batched_tokens=budget, admission_interval=9))
+    for index in range(20):
+        house.submit([index + 1] * 11, max_tokens=30, ignore_eos=True)
+    found = []
+    for _ in expected:
+        house.step()
+        found.append(len(house.scheduler.running))
+    assert found == expected
+    house.drain()
+    house.check_results()
+
+
 def test_abort_frees_everything_at_once():
     house = House(Sizes(max_num_seqs=3, keeps_prefixes=False))
     requests = [house.submit(list(range(9)), n=4, seed=i, max_tokens=20) for i in range(3)]

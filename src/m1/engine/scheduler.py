@@ -65,8 +65,8 @@ class Scheduler:
     """Continuous batching under three limits: sequences running at once, tokens a step, and pages.
 
     max_num_batched_tokens must exceed max_num_seqs, so that prefill advances beside a full house of decoding sequences.
-    admission_interval: while at most an eighth of the places is free, prompts start only in every so many-th step, together: a
-    prefill of one prompt costs the host about as much as one of many.
+    admission_interval: while at most an eighth of the places is free, prompts start only in every so many-th step, together (as
+    many steps in a row as their tokens fill): a prefill of one prompt costs the host about as much as one of many.
     """
 
     def __init__(self, cache: StateCache, max_num_seqs: int, max_num_batched_tokens: int, admission_interval: int = 1) -> None:
@@ -174,7 +174,10 @@ class Scheduler:
         return end - start
 
     def _admit(self, batch: Batch, budget: int) -> int:
-        """Start waiting sequences in order, as long as samples that have yet to fork keep their places."""
+        """Start waiting sequences in order, as long as samples that have yet to fork keep their places.
+
+        Where the budget ends before those that wait, the others start in the next step, not an interval later.
+        """
         num_admitted = 0
         self._steps_since_admission += 1
         if self._is_busy and self._steps_since_admission < self.admission_interval:
@@ -194,6 +197,8 @@ class Scheduler:
             self._steps_since_admission = 0
             if not sequence.is_ready:
                 budget -= self._plan_chunk(batch, sequence, budget)
+        if budget == 0:
+            self._steps_since_admission = self.admission_interval
         return num_admitted
 
     @property
