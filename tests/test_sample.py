@@ -3,9 +3,11 @@
 import gzip
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from m1 import sample as sample_module
 from m1.config import SampleConfig
@@ -133,6 +135,21 @@ def test_a_killed_run_goes_on_without_gaps_or_doubles(model, problems, tmp_path,
     run(config(model, problems, out))
     assert len(keys_of(out)) == len(set(keys_of(out))) == 18
     assert same_samples(out, tmp_path / "whole")
+
+
+def test_samples_of_two_models_of_one_name_are_not_mixed(model, problems, tmp_path):
+    """Trained further in the same place, after a run that was stopped."""
+    place, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, place)
+    run(config(place, problems, out, samples=1))
+    weights = load_file(place / "model.safetensors")
+    norm = next(name for name in weights if "norm" in name)
+    save_file(weights | {norm: weights[norm] * 1.01}, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="begun with weights"):
+        run(config(place, problems, out, samples=2))
+    shutil.copytree(model, place, dirs_exist_ok=True)
+    run(config(place, problems, out, samples=2))
+    assert len(rows_of(out)) == 12
 
 
 def test_what_was_finished_when_interrupted_is_kept(model, problems, tmp_path, monkeypatch):

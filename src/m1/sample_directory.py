@@ -1,6 +1,6 @@
 """The directory that `m1 sample` writes, and what is in it already. No models here.
 
-run.json                  command and config, written first: running again must fit it
+run.json                  command, config and a fingerprint of the weights, written first: running again must fit it
 problems-RANK.jsonl.gz    what the model invented; a null problem is one of which nothing came
 samples-RANK.jsonl.gz     a row a sample: id, sample, problem, answer, prompt, completion, extracted, is_correct, …
 m1_run.json               at the end: what was made, and how; the directory is then data
@@ -14,7 +14,7 @@ from typing import Any
 
 from m1.config import SampleConfig
 from m1.json_lines import BlockWriter, read_blocks
-from m1.storage import RUN_RECORD, begin_run, require_disk, require_same_run, write_run_record
+from m1.storage import RUN_RECORD, begin_run, require_disk, require_same_run, weights_fingerprint, write_run_record
 
 # Bytes on disk a token, compressed, for the check of the disk: text, token ids, log-probs.
 TEXT_BYTES, ID_BYTES, LOG_PROB_BYTES = 2, 3, 8
@@ -30,11 +30,13 @@ class SampleDirectory:
 
     def __init__(self, config: SampleConfig) -> None:
         self.path, self.config = Path(config.out), config
-        require_same_run(self.path, "sample", dataclasses.asdict(config), free_to_change=_FREE_TO_CHANGE)
+        # A model trained further under the same name is another one, whose samples do not belong here.
+        self._run = dataclasses.asdict(config) | {"weights": weights_fingerprint(config.model)}
+        require_same_run(self.path, "sample", self._run, free_to_change=_FREE_TO_CHANGE)
 
     def create(self) -> None:
         """Make the directory, or mark the one that is there as unfinished."""
-        begin_run(self.path, "sample", dataclasses.asdict(self.config))
+        begin_run(self.path, "sample", self._run)
         (self.path / RUN_RECORD).unlink(missing_ok=True)
 
     def writer(self, kind: str, rank: int) -> BlockWriter:
