@@ -211,10 +211,10 @@ def requests_of(case: Case, vocab_size: int) -> list[tuple[list[int], SamplingPa
     return requests
 
 
-def submit_all(engine: Engine, case: Case, divisor: int = 1) -> int:
-    """All requests of a case, with a `divisor`-th of their tokens; returns how many tokens they will have."""
+def submit_all(engine: Engine, requests: list[tuple[list[int], SamplingParams]], divisor: int = 1) -> int:
+    """All of them, with a `divisor`-th of their tokens; returns how many tokens they will have."""
     total = 0
-    for prompt, params in requests_of(case, engine.model.config.vocab_size):
+    for prompt, params in requests:
         params = replace(params, max_tokens=max(1, params.max_tokens // divisor))
         engine.submit(prompt, params)
         total += params.n * params.max_tokens
@@ -225,7 +225,8 @@ def warm_up(engine: Engine, case: Case) -> None:
     """The case in small: every size of batch that filling and draining the engine meets, every width of block tables."""
     start = time.perf_counter()
     engine.warm_up()
-    submit_all(engine, case, divisor=8 if case.tokens is None else max(1, case.tokens // 24))
+    requests = requests_of(case, engine.model.config.vocab_size)
+    submit_all(engine, requests, divisor=8 if case.tokens is None else max(1, case.tokens // 24))
     while engine.has_work:
         engine.step()
     torch.cuda.synchronize()
@@ -258,7 +259,7 @@ def estimate(case: Case, result: dict[str, Any]) -> float | None:
 
 def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
     """In the middle of the case: once every place is taken, some steps on."""
-    submit_all(engine, case)
+    submit_all(engine, requests_of(case, engine.model.config.vocab_size))
     num_places = engine.capacity.max_num_seqs
     engine.step()
     while engine.scheduler.num_waiting and engine.scheduler.table.num_sequences < 0.9 * num_places:
@@ -272,9 +273,10 @@ def measure_profile(engine: Engine, case: Case) -> dict[str, Any]:
 
 
 def measure_run(engine: Engine, case: Case) -> dict[str, Any]:
+    requests = requests_of(case, engine.model.config.vocab_size)
     torch.cuda.synchronize()
     before, start = engine.metrics, time.perf_counter()
-    total = submit_all(engine, case)
+    total = submit_all(engine, requests)
     watch = StepWatch(engine)
     while engine.has_work:
         watch.step()

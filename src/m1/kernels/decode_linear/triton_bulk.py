@@ -1,8 +1,8 @@
 """The product of triton_product with tiles that the GPU's copy engine brings (bulk copies of Hopper's TMA).
 
 There a warp computes the addresses of all that it asks for, and with 128 tokens it asks for twice as many bytes of tokens as
-of weights: four warps, one on each scheduler, spend half of their time between dependent instructions. Here a tile is one
-instruction. Sums are taken in the same order, so the results are the same bits. Splits of k are not added up here: there is
+of weights: four warps, one on each scheduler, spend up to half of their time between dependent instructions. Here a tile is
+one instruction. Sums are taken in the same order, so the results are the same bits. Splits of k are not added up here: there is
 one, or the norm that follows adds the parts.
 """
 
