@@ -3,6 +3,7 @@
     python benchmarks/measured_plot.py first-leg second-leg --tokens-before 29.9e6 --transformer 0.284 --out recovery.svg
 
 Each run is a directory with the measured.jsonl that measure_run.py wrote; a run's tokens are counted on from the one before it.
+KL is drawn as a line of its own for each set of held-out tokens: means over different texts don't belong together.
 """
 
 import argparse
@@ -17,12 +18,16 @@ from m1.training.metrics import read_metrics
 
 
 def joined(runs: list[Path], tokens_before: float) -> list[dict[str, Any]]:
-    """The lines of all runs, with `tokens` counted through; what a run began with is the end of the one before it."""
+    """The lines of all runs, with `tokens` counted through; what a run began with is the end of the one before it, and is left
+    out unless it was measured on other tokens."""
     lines: list[dict[str, Any]] = []
     for run in runs:
         mine = sorted(read_metrics(run / MEASURED), key=lambda line: line["step"])
         start = lines[-1]["tokens"] if lines else tokens_before
-        lines += [line | {"tokens": start + line["tokens"]} for line in mine if line["step"] or not lines]
+        known = {line.get("targets") for line in lines}
+        lines += [
+            line | {"tokens": start + line["tokens"]} for line in mine if line["step"] or line.get("targets") not in known
+        ]
     return lines
 
 
@@ -30,7 +35,14 @@ def plot(lines: list[dict[str, Any]], transformer: float | None) -> Figure:
     figure = Figure(figsize=(6.4, 4.8))
     above, below = figure.subplots(2, sharex=True)
     tokens = [line["tokens"] / 1e6 for line in lines]
-    above.plot(tokens, [line["kl"] for line in lines], marker="o", color="C1")
+    sets = list(dict.fromkeys(line.get("targets") for line in lines))
+    for number, targets in enumerate(sets):
+        ours = [line for line in lines if line.get("targets") == targets]
+        style = {"marker": "o", "color": "C1", "linestyle": ("-", "--", ":")[number % 3]}
+        label = f"{targets:,} held-out tokens" if targets else None
+        above.plot([line["tokens"] / 1e6 for line in ours], [line["kl"] for line in ours], label=label, **style)
+    if len(sets) > 1:
+        above.legend(loc="lower left")
     above.set_ylabel("KL, nats a token")
     above.set_ylim(0, 1.1 * max(line["kl"] for line in lines))
     errors = [line["pass_at_1_error"] or 0.0 for line in lines]

@@ -42,6 +42,16 @@ def test_runs_that_go_on_from_one_another_are_one_line(tmp_path):
     assert out.stat().st_size > 10_000
 
 
+def test_kl_on_other_tokens_is_a_line_of_its_own(tmp_path):
+    first = measured(tmp_path / "a", [line(n, 100 * n, 0.5 - n / 10, 0.2) | {"targets": 80} for n in (0, 2)])
+    second = measured(tmp_path / "b", [line(n, 100 * n, 0.25, 0.2) | {"targets": 20} for n in (0, 3)])
+    lines = measured_plot.joined([first, second], 0)
+    assert [(one["tokens"], one["targets"]) for one in lines] == [(0, 80), (200, 80), (200, 20), (500, 20)]
+    above, _ = measured_plot.plot(lines, None).axes
+    assert [list(curve.get_xdata() * 1e6) for curve in above.lines] == [[0, 200], [200, 500]]
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["80 held-out tokens", "20 held-out tokens"]
+
+
 def timed(path, name, **setting):
     rows = [
         {"name": name, "num_problems": 8, "num_samples": n, "vote": 0.1 * n, "seconds": 2.0 * n, "tokens_per_second": 9.0}
