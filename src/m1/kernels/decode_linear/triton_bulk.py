@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m1.kernels.decode_linear.triton_product import LINE_BITS, fetch_lines
+from m1.kernels.decode_linear.triton_product import LINE_BITS, fetch_lines, finish_product
 
 ROW_BYTES = 16  # what the bytes of a row, and of what lies before it, must be multiples of
 
@@ -41,8 +41,7 @@ def bulk_kernel(
         gdc_wait()
 
     total = tl.zeros([BN, BT], tl.float32)
-    if IS_PAIR:
-        up_total = tl.zeros([BN, BT], tl.float32)
+    up_total = tl.zeros([BN, BT], tl.float32) if IS_PAIR else None
     for k in range(begin, end, BK):
         w = w_tiles.load([tile * BN, k])
         x = x_tiles.load([0, k]).T
@@ -50,25 +49,10 @@ def bulk_kernel(
         if IS_PAIR:
             up_total = tl.dot(w_tiles.load([N + tile * BN, k]), x, up_total)
 
-    in_n, in_t = n < N, t < T
-    if HAS_SCALE:
-        x_scale = tl.load(x_scale_ptr + t, mask=in_t, other=0.0)[None, :]
-        total *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None] * x_scale
-        if IS_PAIR:
-            up_total *= tl.load(w_scale_ptr + N + n, mask=in_n, other=0.0)[:, None] * x_scale
-    if HAS_BIAS:
-        with_bias = in_n
-        if LEAVES_PARTS:
-            with_bias = n < tl.where(split == 0, N, 0)
-        total += tl.load(bias_ptr + n, mask=with_bias, other=0.0).to(tl.float32)[:, None]
-        if IS_PAIR:
-            up_total += tl.load(bias_ptr + N + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-    if IS_PAIR:
-        total = total * tl.sigmoid(total) * up_total
-    if LEAVES_PARTS:
-        y_ptr += split.to(tl.int64) * T * N
-    y_at = y_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
+    finish_product(
+        total, up_total, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, n, t, split, T, N,
+        HAS_SCALE, HAS_BIAS, IS_PAIR, LEAVES_PARTS,
+    )  # fmt: skip
 
 
 def can_copy_in_bulk(x: Tensor, weight: Tensor) -> bool:

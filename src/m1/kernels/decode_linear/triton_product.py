@@ -68,6 +68,33 @@ def _sum_splits(total, partial_at, counter_at, split, splits, SIZE: tl.constexpr
     return total, arrived == splits - 1
 
 
+@triton.jit
+def finish_product(
+    total, up_total, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, n, t, split, T, N,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_PAIR: tl.constexpr, LEAVES_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Scales, bias and swiglu of a tile's sums [BN, BT] of channels n, tokens t; into y. up_total: if IS_PAIR."""
+    in_n, in_t = n < N, t < T
+    if HAS_SCALE:
+        x_scale = tl.load(x_scale_ptr + t, mask=in_t, other=0.0)[None, :]
+        total *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None] * x_scale
+        if IS_PAIR:
+            up_total *= tl.load(w_scale_ptr + N + n, mask=in_n, other=0.0)[:, None] * x_scale
+    if HAS_BIAS:
+        with_bias = in_n
+        if LEAVES_PARTS:
+            with_bias = n < tl.where(split == 0, N, 0)
+        total += tl.load(bias_ptr + n, mask=with_bias, other=0.0).to(tl.float32)[:, None]
+        if IS_PAIR:
+            up_total += tl.load(bias_ptr + N + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    if IS_PAIR:
+        total = total * tl.sigmoid(total) * up_total
+    if LEAVES_PARTS:
+        y_ptr += split.to(tl.int64) * T * N
+    y_at = y_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
+
+
 @triton.jit(do_not_specialize=["T", "splits", "ahead"])
 def product_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, x_stride, T, N, K, splits, ahead,
@@ -101,8 +128,7 @@ def product_kernel(
     up_at = up_ptr + n.to(tl.int64)[:, None] * K + inside[None, :]
     x_at = x_ptr + t[None, :] * x_stride + inside[:, None]
     total = tl.zeros([BN, BT], tl.float32)
-    if IS_PAIR:
-        up_total = tl.zeros([BN, BT], tl.float32)
+    up_total = tl.zeros([BN, BT], tl.float32) if IS_PAIR else None
     for k in range(begin, end, BK):
         w_mask = (n < N)[:, None]
         x_mask = (t < T)[None, :]
@@ -136,22 +162,7 @@ def product_kernel(
             for other in range(splits):
                 up_total += tl.load(up_part + other * SIZE, cache_modifier=".cg")
         tl.store(counter_ptr + tile, 0)
-    in_n, in_t = n < N, t < T
-    if HAS_SCALE:
-        x_scale = tl.load(x_scale_ptr + t, mask=in_t, other=0.0)[None, :]
-        total *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None] * x_scale
-        if IS_PAIR:
-            up_total *= tl.load(w_scale_ptr + N + n, mask=in_n, other=0.0)[:, None] * x_scale
-    if HAS_BIAS:
-        with_bias = in_n
-        if LEAVES_PARTS:
-            with_bias = n < tl.where(split == 0, N, 0)
-        total += tl.load(bias_ptr + n, mask=with_bias, other=0.0).to(tl.float32)[:, None]
-        if IS_PAIR:
-            up_total += tl.load(bias_ptr + N + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-    if IS_PAIR:
-        total = total * tl.sigmoid(total) * up_total
-    if LEAVES_PARTS:
-        y_ptr += split.to(tl.int64) * T * N
-    y_at = y_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
+    finish_product(
+        total, up_total, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, n, t, split, T, N,
+        HAS_SCALE, HAS_BIAS, IS_PAIR, LEAVES_PARTS,
+    )  # fmt: skip
