@@ -67,7 +67,7 @@ def _activations(model: str, rows: int, is_x_repeated: bool) -> dict[str, Tensor
 
 
 def _bounds(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
 
 
 def _documents(lengths: list[int]) -> str:

@@ -6,6 +6,7 @@ the kernels choose; m1.kernels.ssd.triton_impl derives them.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def _scan_cases(model: str, lengths: list[int]) -> list[ScanCase]:
     tokens, inner, shared = sum(lengths), heads * width, groups * width
 
     def inputs() -> dict[str, Any]:
-        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
         rows = {name: tensor for name, tensor in _rows(model, tokens).items() if name != "z"}
         return {**rows, **_parameters(model), "cu_seqlens": bounds}
 
