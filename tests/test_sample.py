@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from m1 import inventions
 from m1 import sample as sample_module
 from m1.config import SampleConfig
 from m1.json_lines import BlockWriter, read_blocks
@@ -226,6 +227,28 @@ def test_the_model_invents_problems(model, problems, tmp_path):
     settings.invent = 14
     run(settings)
     assert rows_of(out, "problems")[:12] == invented
+
+
+def test_invented_problems_are_answered_while_others_are_invented(model, problems, tmp_path, monkeypatch):
+    """So that a run that is stopped leaves answers; each of a problem that is on disk, and none twice when it goes on."""
+    out = tmp_path / "out"
+    settings = config(model, problems, out, invent=400, samples=2, max_new_tokens=3)
+    settings.data = []
+    for error in (KilledError(), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(sample_module, "BLOCK_PROBLEMS", 4)
+            patch.setattr(inventions, "BLOCK_INVENTIONS", 10**6)  # they are on disk by the time that answers are
+            stop_after(patch, 220, error)
+            with pytest.raises(type(error)):
+                run(settings)
+        texts = {row["id"]: row["problem"] for row in rows_of(out, "problems")}
+        assert rows_of(out) and len(texts) < 400
+        assert all(row["problem"] == texts[row["id"]] for row in rows_of(out))
+    run(settings)
+    texts = {row["id"]: row["problem"] for row in rows_of(out, "problems")}
+    assert len(texts) == len(rows_of(out, "problems")) == 400
+    expected = [(id_, sample) for id_, text in texts.items() if text is not None for sample in range(2)]
+    assert sorted(keys_of(out)) == sorted(expected)
 
 
 def test_samples_are_a_problem_set_again(model, tmp_path):

@@ -2,13 +2,15 @@
 
 Problems come from files, reasoning-gym, or the model itself, which writes a user's turn when it is given nothing but the
 beginning of one (arXiv 2406.08464). The wiring only: the engine samples, m1.reasoning checks, json_lines.py writes. Started by
-torchrun, each process takes its share of the problems and writes a file of its own; what they write: sample_directory.py.
+torchrun, each process takes its share of the problems and writes a file of its own; what they write: sample_directory.py; what
+the model invents: inventions.py.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from m1.distributed import local_device
 from m1.engine.llm import Engine
 from m1.engine.sampling_params import SamplingParams
 from m1.engine.sequence import Completion, Request
+from m1.inventions import Inventions
 from m1.json_lines import BlockWriter
 from m1.modeling.loading import inference_dtype, load_config, load_tokenizer
 from m1.reasoning.answers import extract_answer
@@ -38,13 +41,53 @@ BLOCK_PROBLEMS, BLOCK_SECONDS = 64, 60.0  # a kill loses at most so much
 
 @dataclass(frozen=True)
 class Job:
-    """One problem, and which of its samples are still to be drawn: `count` of them from number `first` on."""
+    """One problem, and which of its samples are still to be drawn: `count` of them from number `first` on.
+
+    invents: there is no problem yet, its text is what is drawn; the prompt is the beginning of a user's turn.
+    """
 
     problem: Problem
     text: str
     prompt: list[int]
-    first: int
-    count: int
+    first: int = 0
+    count: int = 1
+    invents: bool = False
+
+
+class Work:
+    """What a process has to draw. An invented problem is answered as soon as there is room, before others are invented.
+
+    done: samples that are there already, by problem id. num_samples: how many were missing at first, if all inventions
+    succeed.
+    """
+
+    def __init__(
+        self,
+        problems: list[Problem],
+        inventions: Inventions,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SampleConfig,
+        done: dict[str, int],
+    ) -> None:
+        self.inventions, self._tokenizer, self._config = inventions, tokenizer, config
+        self.jobs = deque(job for one in problems + inventions.problems for job in self._answers(one, done.get(one.id, 0)))
+        self.num_samples = sum(job.count for job in self.jobs) + config.samples * len(inventions.missing)
+        if inventions.missing:
+            beginning = tokenizer(user_prefix(tokenizer, config.invent_system), add_special_tokens=False)["input_ids"]
+            self.jobs.extend(Job(Problem(id_, "", ""), "", beginning, invents=True) for id_ in inventions.missing)
+
+    def _answers(self, problem: Problem, first: int) -> list[Job]:
+        if first >= self._config.samples:
+            return []
+        text = problem.problem + (self._config.suffix if problem.answer else "")  # who asks of his own asks as he likes
+        return [Job(problem, text, prompt_ids(self._tokenizer, text), first, self._config.samples - first)]
+
+    def invent(self, job: Job, completion: Completion) -> bool:
+        """Take in what came of an invention; whether it is a problem, which is then to be answered."""
+        problem = self.inventions.add(job.problem.id, completion)
+        if problem is not None:
+            self.jobs.extendleft(self._answers(problem, 0))
+        return problem is not None
 
 
 @dataclass
@@ -79,11 +122,13 @@ def run(config: SampleConfig) -> None:
         print(f"  {missing:,} samples are missing in {config.out}; Ctrl-C and the same command go on later", flush=True)
     directory.create()
     start = time.perf_counter()
-    with Scorer() as scorer:
-        mine = problems[rank::num_ranks] + _invent(engine, tokenizer, config, directory, rank, num_ranks)
-        jobs = _missing(mine, tokenizer, config, directory.counts())
-        with directory.writer("samples", rank) as writer:
-            tally = _sample(engine, jobs, scorer, config, writer)
+    with (
+        Scorer() as scorer,
+        Inventions(directory, rank, num_ranks) as inventions,
+        directory.writer("samples", rank) as writer,
+    ):
+        work = Work(problems[rank::num_ranks], inventions, tokenizer, config, directory.counts())
+        tally = _sample(engine, work, scorer, config, writer)
     seconds = time.perf_counter() - start
     if not directory.num_missing(ids):  # the last process to end finds it so
         directory.finish(seconds=round(seconds, 1))
@@ -129,55 +174,8 @@ def _load_engine(config: SampleConfig, tokenizer: PreTrainedTokenizerBase, probl
     return Engine(config.model, tokenizer, dtype=inference_dtype(device), device=device, max_model_len=room)
 
 
-def _invent(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SampleConfig,
-    directory: SampleDirectory,
-    rank: int,
-    num_ranks: int,
-) -> list[Problem]:
-    """This process's share of the problems that the model invents; those that are in the directory are not invented again."""
-    ids = [directory.invented_id(number) for number in range(rank, config.invent, num_ranks)]
-    if not ids:
-        return []
-    prefix = tokenizer(user_prefix(tokenizer, config.invent_system), add_special_tokens=False)["input_ids"]
-    known = directory.inventions()
-    jobs = [Job(Problem(id_, "", ""), "", prefix, 0, 1) for id_ in ids if id_ not in known]
-    with (
-        directory.writer("problems", rank) as writer,
-        tqdm(total=len(jobs), desc="invent", unit="problem", disable=None) as bar,
-    ):
-        texts, block = set(known.values()), []
-        for job, (completion,) in _complete(engine, jobs, config, max_tokens=INVENTED_TOKENS):
-            text = completion.text.strip()
-            is_new = bool(text) and text not in texts and completion.finish_reason == "stop"
-            texts.add(text)
-            known[job.problem.id] = text if is_new else None
-            block.append({"id": job.problem.id, "problem": known[job.problem.id]})
-            if len(block) == BLOCK_PROBLEMS:
-                writer.append(block)
-                block = []
-            bar.update()
-        writer.append(block)
-    invented = [(id_, known[id_]) for id_ in ids]
-    return [Problem(id_, text, "") for id_, text in invented if text is not None]
-
-
-def _missing(
-    problems: Iterable[Problem], tokenizer: PreTrainedTokenizerBase, config: SampleConfig, done: dict[str, int]
-) -> list[Job]:
-    jobs = []
-    for problem in problems:
-        first = done.get(problem.id, 0)
-        if first < config.samples:
-            text = problem.problem + (config.suffix if problem.answer else "")  # who asks of his own asks as he likes
-            jobs.append(Job(problem, text, prompt_ids(tokenizer, text), first, config.samples - first))
-    return jobs
-
-
-def _sample(engine: Engine, jobs: list[Job], scorer: Scorer, config: SampleConfig, writer: BlockWriter) -> Tally:
-    """Draw, check and write what the jobs ask for; a block is checked and written while the next one is drawn."""
+def _sample(engine: Engine, work: Work, scorer: Scorer, config: SampleConfig, writer: BlockWriter) -> Tally:
+    """Draw, check and write what there is to do; a block is checked and written while the next one is drawn."""
     tally, block_began = Tally(), time.perf_counter()
     finished: list[tuple[Job, list[Completion]]] = []
     written: Future[None] = Future()
@@ -188,42 +186,47 @@ def _sample(engine: Engine, jobs: list[Job], scorer: Scorer, config: SampleConfi
 
     with (
         ThreadPoolExecutor(1) as background,  # its end waits for the block that is being written
-        tqdm(total=sum(job.count for job in jobs), desc="sample", unit="sample", disable=None) as bar,
+        tqdm(total=work.num_samples, desc="sample", unit="sample", disable=None) as bar,
     ):
         try:
-            for job, completions in _complete(engine, jobs, config, max_tokens=config.max_new_tokens):
+            for job, completions in _complete(engine, work.jobs, config):
+                if job.invents:
+                    if not work.invent(job, completions[0]):
+                        bar.total -= config.samples
+                    continue
                 finished.append((job, completions))
                 bar.update(job.count)
                 if len(finished) == BLOCK_PROBLEMS or time.perf_counter() - block_began > BLOCK_SECONDS:
                     written.result()  # one block at a time; a full disk is raised here
                     share, speed = tally.correct / max(1, tally.checked), engine.metrics.tokens_per_second
                     bar.set_postfix_str(f"{share:.1%} correct, {speed:,.0f} tokens/s", refresh=False)
+                    work.inventions.write()
                     written = background.submit(write, finished)
                     finished, block_began = [], time.perf_counter()
         except KeyboardInterrupt:
             written.result()
+            work.inventions.write()
             write(finished)
             raise
         written.result()
+        work.inventions.write()
         write(finished)
     return tally
 
 
-def _complete(
-    engine: Engine, jobs: Iterable[Job], config: SampleConfig, *, max_tokens: int
-) -> Iterator[tuple[Job, list[Completion]]]:
-    """Each job with its completions as it finishes; the engine is always given enough to be full."""
-    waiting = iter(jobs)
+def _complete(engine: Engine, jobs: deque[Job], config: SampleConfig) -> Iterator[tuple[Job, list[Completion]]]:
+    """Each job with its completions as it finishes, those added meanwhile too; the engine is always given enough to be full."""
     running: dict[int, tuple[Job, Request]] = {}  # by the request's number in the engine
     num_running = 0  # samples of theirs
     try:
         while True:
-            while num_running < 2 * engine.capacity.max_num_seqs and (job := next(waiting, None)):
+            while num_running < 2 * engine.capacity.max_num_seqs and jobs:
+                job = jobs.popleft()
                 params = SamplingParams(
                     n=job.count,
                     temperature=config.temperature,
                     top_p=config.top_p,
-                    max_tokens=max_tokens,
+                    max_tokens=INVENTED_TOKENS if job.invents else config.max_new_tokens,
                     seed=_seed(config.seed, job),
                 )
                 request = engine.submit(job.prompt, params)
