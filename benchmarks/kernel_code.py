@@ -181,17 +181,17 @@ def describe(task: tuple[list[str], int, int, int]) -> list[dict[str, Any]]:
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
     """A line for each launch whose code is another now, or which is there on one side alone."""
-    sides = [{(row["case"], row["kernel"], row["launch"]): row for row in rows} for rows in (before, after)]
+    sides = [{(row["kernel"], row["launch"]): row for row in rows} for rows in (before, after)]  # cases share launches
     lines = []
     for key in sorted(sides[0].keys() | sides[1].keys()):
         old, new = (side.get(key) for side in sides)
         if old is None or new is None:
-            lines.append(f"{'new' if old is None else 'gone':8} {key[1]}  ({key[0]})")
+            lines.append(f"{'new' if old is None else 'gone':8} {key[0]}  ({(old or new or {})['case']})")
         elif old.get("code") != new.get("code"):
             changes = [
                 f"{name} {old.get(name)} -> {new.get(name)}" for name in ("registers", "spills", "shared", "instructions")
             ]
-            lines.append(f"{'changed':8} {key[1]}: {', '.join(changes)}  ({key[0]})")
+            lines.append(f"{'changed':8} {key[0]}: {', '.join(changes)}  ({new['case']})")
     return lines
 
 
