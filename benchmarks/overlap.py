@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m1.evaluation.tasks import load_task, parse_tasks
@@ -110,7 +110,11 @@ def main() -> None:
     if arguments.out:
         settings = {key: value for key, value in vars(arguments).items() if key != "out"}
         arguments.out.write_text(
-            json.dumps({**settings, "rows": [asdict(replace(row, closest=())) for row in rows]}, indent=1) + "\n"
+            json.dumps(
+                {**settings, "rows": [{key: value for key, value in asdict(row).items() if key != "closest"} for row in rows]},
+                indent=1,
+            )
+            + "\n"
         )
 
 
