@@ -107,7 +107,13 @@ def needed_room(texts: Sequence[str], max_new_tokens: int, tokenizer: "PreTraine
     return None if longest is None else min(limit, longest + max_new_tokens)
 
 
-def _load_engine(config: SamplingConfig, has_deadline: bool, max_model_len: int | None) -> "Engine":
+def _load_engine(
+    config: SamplingConfig,
+    has_deadline: bool,
+    max_model_len: int | None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> "Engine":
+    """tokenizer: the model's own, if it is loaded already."""
     import torch
 
     from m1.distributed import local_device
@@ -126,7 +132,7 @@ def _load_engine(config: SamplingConfig, has_deadline: bool, max_model_len: int 
         options["state_dtype"] = torch.bfloat16
     if config.quantization == "fp8":
         options |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
-    return Engine(config.model, load_tokenizer(config.model), **options)
+    return Engine(config.model, load_tokenizer(config.model) if tokenizer is None else tokenizer, **options)
 
 
 def _open_engine(config: SolveConfig | EvalConfig, texts: Sequence[str], has_deadline: bool) -> Backend:
@@ -136,10 +142,11 @@ def _open_engine(config: SolveConfig | EvalConfig, texts: Sequence[str], has_dea
     from m1.modeling.loading import load_config, load_tokenizer
 
     limit = load_config(config.model).max_position_embeddings
-    room = needed_room(texts, config.max_new_tokens, load_tokenizer(config.model), limit)
+    tokenizer = load_tokenizer(config.model)
+    room = needed_room(texts, config.max_new_tokens, tokenizer, limit)
     if num_ranks() > 1:
         announce(room)
-    engine = _load_engine(config, has_deadline, room)
+    engine = _load_engine(config, has_deadline, room, tokenizer)
     layers, capacity, weight = engine.model.config, engine.capacity, engine.model.model.embed_tokens.weight
     dtype = str(weight.dtype).removeprefix("torch.") if config.quantization == "none" else config.quantization
     places = f"on {weight.device}" if num_ranks() == 1 else f"on each of {num_ranks()} ranks"
